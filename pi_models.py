@@ -1,0 +1,354 @@
+"""pi0 as in its paper and its public checkpoints: SigLIP + Gemma (the VLM) and a smaller Gemma, the action expert.
+
+    policy = load_policy(path_or_name, device)             # a folder with safetensors, or "tiny"
+    inputs = policy.preprocess(obs)                        # simulator observation -> tensors
+    prefix = policy.encode(inputs)                         # vision + language, once per observation: cached K, V
+    velocity, features = policy.velocity(prefix, x, tau)   # one denoise step of the expert over the cache
+    actions = policy.postprocess(x, obs)                   # model actions -> simulator actions
+
+The prefix (images, prompt) never attends to the suffix (state, noisy actions). So one pass over the prefix, whose keys
+and values are kept, followed by a pass over the suffix alone, is the joint forward exactly, gradients included.
+
+The clock. Checkpoints run t = 1 (noise) -> 0 (action) and predict noise - action; this project's clock is the paper's,
+tau = 0 (noise) -> 1 (action), velocity = action - noise. `Policy.velocity` turns one into the other, and nothing else does.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+
+
+def fail(message):
+    """A user's mistake: one line on stderr and exit code 2, never a traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@dataclass
+class PiConfig:
+    """Sizes of pi0; the defaults are the public checkpoints'."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    vision_width: int = 1152
+    vision_mlp: int = 4304
+    vision_depth: int = 27
+    vision_heads: int = 16
+    width: int = 2048
+    mlp: int = 16384
+    depth: int = 18  # VLM and expert have as many layers: layer l of the expert attends to the keys of layer l
+    heads: int = 8
+    head_dim: int = 256
+    vocab_size: int = 257152
+    expert_width: int = 1024
+    expert_mlp: int = 4096
+    action_dim: int = 32  # actions and state are padded to these
+    state_dim: int = 32
+    horizon: int = 50
+    max_token_len: int = 48
+    tokenizer: str = "paligemma"  # or "bytes": one token a byte, nothing to download
+    critic: str = ""  # "expert", "vlm", or none yet
+    critic_layers: int = 4
+
+
+# The laptop's pi0: the same classes, small numbers. A picture is 16 patches and a byte is a token.
+TINY = PiConfig(
+    image_size=32, patch_size=8, vision_width=96, vision_mlp=192, vision_depth=4, vision_heads=4, width=64, mlp=128, depth=4,
+    heads=4, head_dim=32, vocab_size=257, expert_width=64, expert_mlp=128, action_dim=4, state_dim=4, horizon=5,
+    tokenizer="bytes",
+)  # fmt: skip
+
+
+class Prefix(NamedTuple):
+    """All that the expert and the critics need of an observation, computed once. Rows can be stored and indexed."""
+
+    kv: torch.Tensor  # (B, layers, 2, S, head_dim): keys (rotated) and values of every layer
+    mask: torch.Tensor  # (B, S): True where the token is real
+    pooled: torch.Tensor  # (B, width): masked mean of the VLM's output, the input of V_vlm
+    state: torch.Tensor  # (B, state_dim): normalised proprioception, which pi0 gives to the expert
+
+    def __getitem__(self, rows):
+        return Prefix(*(field[rows] for field in tuple(self)))
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+
+def rope(x, cos, sin):
+    """Rotary position embedding, x (B, heads, S, head_dim)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def attention(q, k, v, mask):
+    """Multi-query attention: q (B, heads, S, D), one key-value head (B, T, D), mask (B, 1 or S, T), True = may look.
+
+    The heads share keys and mask, so they are folded into the query axis: the same numbers, and the fast kernels apply.
+    """
+    B, heads, S, D = q.shape
+    if mask.shape[1] > 1:
+        mask = mask.repeat(1, heads, 1)
+    out = F.scaled_dot_product_attention(q.reshape(B, 1, heads * S, D), k[:, None], v[:, None], mask[:, None])
+    return out.view(B, heads, S, D).transpose(1, 2).reshape(B, S, heads * D)
+
+
+def gemma(model, x, positions, mask, cache=None):
+    """Run the layers of a GemmaModel over embeddings x (B, S, W); with a cache, they look at its keys and values first.
+
+    Returns the normed output and this pass's own (B, layers, 2, S, head_dim) keys and values.
+    """
+    cos, sin = (table[:, None] for table in model.rotary_emb(x, positions))  # (B, 1, S, head_dim)
+    kv = []
+    for i, layer in enumerate(model.layers):
+        attn, h = layer.self_attn, layer.input_layernorm(x)
+        q = rope(attn.q_proj(h).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2), cos, sin)
+        k, v = rope(attn.k_proj(h)[:, None], cos, sin)[:, 0], attn.v_proj(h)
+        kv.append(torch.stack([k, v], dim=1))
+        if cache is not None:
+            k, v = torch.cat([cache[:, i, 0], k], dim=1), torch.cat([cache[:, i, 1], v], dim=1)
+        x = x + attn.o_proj(attention(q, k, v, mask))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.norm(x), torch.stack(kv, dim=1)
+
+
+def time_embedding(t, dim, min_period=4e-3, max_period=4.0):
+    """Sine-cosine embedding of t (B,). In fp64: the fastest wave turns 1571 rad per unit of t."""
+    fraction = torch.linspace(0, 1, dim // 2, dtype=torch.float64, device=t.device)
+    angle = t.double()[:, None] * 2 * math.pi / (min_period * (max_period / min_period) ** fraction)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)  # (B, dim)
+
+
+class ValueHead(nn.Module):
+    """MLP from features to a value. Halving widths, ReLU; four layers are 512-256-128-1."""
+
+    def __init__(self, in_dim, layers):
+        super().__init__()
+        sizes = [in_dim, *(512 >> i for i in range(layers - 1)), 1]
+        linear = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
+        self.mlp = nn.Sequential(*(m for layer in linear[:-1] for m in (layer, nn.ReLU())), linear[-1])
+        nn.init.zeros_(linear[-1].weight)  # a new critic starts at zero everywhere
+        nn.init.zeros_(linear[-1].bias)
+
+    def forward(self, features):
+        return self.mlp(features).squeeze(-1)
+
+
+class Policy(nn.Module):
+    """pi0. The VLM is frozen, the expert and its projections are trained."""
+
+    def __init__(self, config, stats=None):
+        from transformers import GemmaConfig, GemmaModel, SiglipVisionConfig, SiglipVisionModel  # slow to import
+
+        super().__init__()
+        c = self.config = config
+        self.stats = stats  # {"state" | "actions": {"mean": [...], "std": [...]}}, of the real dimensions
+        self.token_len = c.max_token_len
+        self._tokens = {}
+
+        def gemma_model(width, mlp, vocab_size):
+            return GemmaModel(GemmaConfig(
+                hidden_size=width, intermediate_size=mlp, num_hidden_layers=c.depth, num_attention_heads=c.heads,
+                num_key_value_heads=1, head_dim=c.head_dim, vocab_size=vocab_size, initializer_range=width**-0.5,
+            ))  # fmt: skip
+
+        self.vision_tower = SiglipVisionModel(SiglipVisionConfig(
+            hidden_size=c.vision_width, intermediate_size=c.vision_mlp, num_hidden_layers=c.vision_depth,
+            num_attention_heads=c.vision_heads, image_size=c.image_size, patch_size=c.patch_size, vision_use_head=False,
+        ))  # fmt: skip
+        self.multi_modal_projector = nn.Linear(c.vision_width, c.width)
+        self.language_model = gemma_model(c.width, c.mlp, c.vocab_size)
+        self.expert = gemma_model(c.expert_width, c.expert_mlp, 1)
+        self.expert.embed_tokens = None  # the expert reads actions, not words
+        self.state_proj = nn.Linear(c.state_dim, c.expert_width)
+        self.action_in_proj = nn.Linear(c.action_dim, c.expert_width)
+        self.action_time_mlp_in = nn.Linear(2 * c.expert_width, c.expert_width)
+        self.action_time_mlp_out = nn.Linear(c.expert_width, c.expert_width)
+        self.action_out_proj = nn.Linear(c.expert_width, c.action_dim)
+        self.value_head = None
+        if c.critic:
+            self.new_value_head(c.critic, c.critic_layers)
+        self.vlm_modules = [self.vision_tower, self.multi_modal_projector, self.language_model]
+        for module in self.vlm_modules:
+            module.requires_grad_(False)
+
+    @property
+    def device(self):
+        return self.action_in_proj.weight.device
+
+    @property
+    def env_action_dim(self):
+        return len(self.stats["actions"]["mean"])
+
+    def actor_parameters(self):
+        critic = {id(p) for p in self.value_head.parameters()} if self.value_head else set()
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in critic]
+
+    def new_value_head(self, critic, layers):
+        """V_expert reads the expert's features; V_vlm the pooled VLM output and, as pi0's VLM is not given it, the state."""
+        self.config = dataclasses.replace(self.config, critic=critic, critic_layers=layers)
+        in_dim = self.config.expert_width if critic == "expert" else self.config.width + self.config.state_dim
+        self.value_head = ValueHead(in_dim, layers).to(self.device)
+
+    # -- observation -> tensors
+
+    def fit_prompts(self, prompts):
+        """Pad prompts to the longest of these instead of `max_token_len`: exact, since padding is masked, and faster."""
+        self.token_len = min(self.config.max_token_len, max(len(self.tokenize(p)) for p in prompts))
+
+    def tokenize(self, prompt):
+        """BOS + text + newline, the pi0 style."""
+        if self.config.tokenizer != "bytes":
+            fail(f"tokenizer '{self.config.tokenizer}' is not supported, only 'bytes' is")
+        return [256, *prompt.encode(), 10]
+
+    def preprocess(self, obs):
+        """{"images" (B, cams, H, W, 3) uint8, "state" (B, S), "prompt" [B]} -> normalised tensors on the policy's device."""
+        images = torch.from_numpy(np.ascontiguousarray(obs["images"])).to(self.device)
+        images = images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (B, cams, 3, H, W)
+        size = self.config.image_size
+        if images.shape[-2:] != (size, size):  # keep the aspect ratio, pad with black, as the checkpoints were trained
+            scale = size / max(images.shape[-2:])
+            h, w = (max(1, int(n * scale)) for n in images.shape[-2:])
+            flat = F.interpolate(images.flatten(0, 1), (h, w), mode="bilinear", antialias=True).clamp(-1, 1)
+            top, left = (size - h) // 2, (size - w) // 2
+            images = F.pad(flat, (left, size - w - left, top, size - h - top), value=-1.0).unflatten(0, images.shape[:2])
+        state = self._normalize(torch.as_tensor(obs["state"], dtype=torch.float32, device=self.device), "state")
+        tokens = torch.stack([self._padded_tokens(p) for p in obs["prompt"]]).to(self.device)  # (B, token_len), pad -1
+        return {
+            "images": images,
+            "image_mask": torch.ones(images.shape[:2], dtype=torch.bool, device=self.device),
+            "tokens": tokens.clamp(min=0),
+            "token_mask": tokens >= 0,
+            "state": F.pad(state, (0, self.config.state_dim - state.shape[1])),
+        }
+
+    def _padded_tokens(self, prompt):
+        if (prompt, self.token_len) not in self._tokens:
+            tokens = self.tokenize(prompt)[: self.token_len]
+            self._tokens[prompt, self.token_len] = torch.tensor(tokens + [-1] * (self.token_len - len(tokens)))
+        return self._tokens[prompt, self.token_len]
+
+    def _normalize(self, x, key):
+        mean, std = (torch.as_tensor(self.stats[key][s], dtype=x.dtype, device=x.device) for s in ("mean", "std"))
+        return (x - mean) / (std + 1e-6)
+
+    def normalize_actions(self, actions):
+        """Simulator actions (B, H, D) -> the expert's padded space (B, H, action_dim), the target of SFT."""
+        actions = self._normalize(torch.as_tensor(actions, dtype=torch.float32, device=self.device), "actions")
+        return F.pad(actions, (0, self.config.action_dim - actions.shape[-1]))
+
+    def postprocess(self, x, obs):
+        """Model actions (B, H, action_dim) -> simulator actions (B, H, env_action_dim), NumPy."""
+        mean, std = (np.asarray(self.stats["actions"][s], np.float32) for s in ("mean", "std"))
+        return x[..., : len(mean)].detach().cpu().numpy() * (std + 1e-6) + mean
+
+    # -- forward
+
+    def encode(self, inputs):
+        """Vision and language, once per observation."""
+        images, image_mask = inputs["images"], inputs["image_mask"]
+        patches = self.vision_tower(images.flatten(0, 1)).last_hidden_state  # (B * cams, patches, vision_width)
+        patches = self.multi_modal_projector(patches).unflatten(0, images.shape[:2])  # (B, cams, patches, width)
+        words = self.language_model.embed_tokens(inputs["tokens"])  # scaled by sqrt(width) inside; the patches are not
+        x = torch.cat([patches.flatten(1, 2), words], dim=1)  # (B, S, width)
+        mask = torch.cat([image_mask.repeat_interleave(patches.shape[2], dim=1), inputs["token_mask"]], dim=1)  # (B, S)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        hidden, kv = gemma(self.language_model, x, positions, mask[:, None])  # bidirectional: only padding is hidden
+        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return Prefix(kv, mask, pooled, inputs["state"])
+
+    def velocity(self, prefix, x, tau):
+        """The expert's velocity (B, H, action_dim) and output features (B, H, expert_width) at x (B, H, action_dim), tau (B,)."""
+        B, H, _ = x.shape
+        time = time_embedding(1 - tau.double(), self.config.expert_width).to(x.dtype)  # the checkpoints' clock
+        tokens = torch.cat([self.action_in_proj(x), time[:, None].expand(-1, H, -1)], dim=-1)
+        tokens = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(tokens)))
+        suffix = torch.cat([self.state_proj(prefix.state)[:, None], tokens], dim=1)  # (B, 1 + H, expert_width)
+        positions = prefix.mask.sum(1, keepdim=True) + torch.arange(1 + H, device=x.device)
+        block = torch.ones(B, 1 + H, 1 + H, dtype=torch.bool, device=x.device)
+        block[:, 0, 1:] = False  # the state does not see the actions
+        mask = torch.cat([prefix.mask[:, None].expand(-1, 1 + H, -1), block], dim=2)  # (B, 1 + H, S + 1 + H)
+        features = gemma(self.expert, suffix, positions, mask, prefix.kv)[0][:, 1:]
+        return -self.action_out_proj(features), features  # and the checkpoints' sign
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+# ours -> openpi's, the layout that most tools read. The word embedding is stored as the tied lm_head.
+OPENPI = {
+    "vision_tower.": "paligemma_with_expert.paligemma.model.vision_tower.vision_model.",
+    "multi_modal_projector.": "paligemma_with_expert.paligemma.model.multi_modal_projector.linear.",
+    "language_model.embed_tokens.": "paligemma_with_expert.paligemma.lm_head.",
+    "language_model.": "paligemma_with_expert.paligemma.model.language_model.",
+    "expert.": "paligemma_with_expert.gemma_expert.model.",
+}
+
+
+def openpi_key(key):
+    prefix = next((p for p in OPENPI if key.startswith(p)), "")
+    return OPENPI.get(prefix, "") + key[len(prefix) :]
+
+
+def load_policy(path_or_name, device="cpu"):
+    """A folder written by `save_policy`, or "tiny": the laptop's pi0 with its pre-trained VLM and an untrained expert."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = CHECKPOINTS / "tiny" if path_or_name == "tiny" else Path(path_or_name)
+    for name in ("model.safetensors", "config.json", "norm_stats.json"):
+        if not (folder / name).is_file():
+            missing = "has no " + name if folder.is_dir() else "does not exist"
+            fail(f"checkpoint '{path_or_name}' {missing}: give a folder with model.safetensors, config.json, norm_stats.json")
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+        config = PiConfig(**fields)
+        stats = json.loads((folder / "norm_stats.json").read_text())["norm_stats"]
+        tensors = load_file(folder / "model.safetensors")
+    except (TypeError, KeyError, ValueError, SafetensorError) as error:
+        fail(f"checkpoint '{path_or_name}' cannot be read: {str(error).splitlines()[0]}")
+    policy = Policy(config, stats)
+    ours = policy.state_dict()
+    wanted = {openpi_key(key): key for key in ours}
+    unused = "paligemma_with_expert.gemma_expert.lm_head.weight"  # in openpi's files, never used by anyone
+    problems = [f"missing {key}" for key in wanted if key not in tensors]
+    problems += [f"unexpected {key}" for key in tensors if key not in wanted and key != unused]
+    problems += [
+        f"{key} is {tuple(tensors[key].shape)} instead of {tuple(ours[wanted[key]].shape)}"
+        for key in wanted if key in tensors and tensors[key].shape != ours[wanted[key]].shape
+    ]  # fmt: skip
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        fail(f"checkpoint '{path_or_name}' is of another architecture than its config.json: {'; '.join(problems[:4])}{more}")
+    policy.load_state_dict({wanted[key]: tensor for key, tensor in tensors.items() if key in wanted})
+    return policy.to(device).eval()
+
+
+def save_policy(policy, folder, card=""):
+    """Weights (openpi's keys), sizes, statistics and a model card. Every file is replaced atomically, the weights last."""
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {openpi_key(key): tensor.detach().cpu().contiguous() for key, tensor in policy.state_dict().items()}
+    files = {
+        "README.md": card.encode(),
+        "config.json": json.dumps(dataclasses.asdict(policy.config), indent=1).encode(),
+        "norm_stats.json": json.dumps({"norm_stats": policy.stats}, indent=1).encode(),
+        "model.safetensors": save(tensors, metadata={"format": "pt"}),
+    }
+    for name, content in files.items():
+        temporary = folder / f".{name}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, folder / name)
