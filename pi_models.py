@@ -161,6 +161,7 @@ class Policy(nn.Module):
             return GemmaModel(GemmaConfig(
                 hidden_size=width, intermediate_size=mlp, num_hidden_layers=c.depth, num_attention_heads=c.heads,
                 num_key_value_heads=1, head_dim=c.head_dim, vocab_size=vocab_size, initializer_range=width**-0.5,
+                bos_token_id=None, eos_token_id=None, pad_token_id=None,
             ))  # fmt: skip
 
         self.vision_tower = SiglipVisionModel(SiglipVisionConfig(
