@@ -330,6 +330,30 @@ def test_wrong_shape(shape):
     assert "(4, chunk_len, 3)" in str(error.value) and str(shape) in str(error.value)
 
 
+@pytest.mark.parametrize("thing, radius", [(0, 0.13), (HANDLE, 0.15), (BUTTON, 0.15)])
+def test_reach(thing, radius):
+    """Within its radius a thing is taken (or pressed), and not when the fingers are half closed."""
+    envs = make_envs("tabletop_blue_bowl", 2, 0, partial_reset=False)
+    envs.reset()
+    envs.objects[:] = np.linspace(-0.8, 0.8, 6)[:, None] * (1, 0)  # in a row, away from the drawer
+    envs.gripper = envs._places()[:, thing] + [(0, radius - 0.01), (0, radius + 0.01)]
+    envs.step(np.full((2, 3), (0, 0, 1)))
+    assert not envs.pressed.any() and (envs.held == -1).all()
+    envs.step(np.full((2, 3), (0, 0, 1)))
+    assert list(envs.pressed if thing == BUTTON else envs.held == thing) == [True, False]
+
+
+def test_handle_slips():
+    envs = make_envs("tabletop_red_plate", 1, 0, partial_reset=False)
+    envs.reset()
+    envs.gripper = envs._places()[:, HANDLE]
+    held = []
+    for action in [(0, 0, 1)] * 2 + [(0, -1, 0)] * 2 + [(1, 0, 0)] * 3 + [(0, -1, 0)]:
+        envs.step(np.array([action]))
+        held.append(envs.held[0] == HANDLE)
+    assert held == [False, True, True, True, True, True, False, False] and np.isclose(envs.opening[0], 0.2)
+
+
 def test_actions_are_clipped():
     envs = make_envs("tabletop", 4, 0)
     before = envs.reset()[0]["state"]
@@ -400,6 +424,16 @@ def test_state_is_visible():
         getattr(envs, name)[:] = value
         pictures.append(envs.render(32))
         assert (np.abs(pictures[-1].astype(int) - pictures[-2]).max(axis=(1, 2, 3)) > 80).all(), name
+
+
+def test_the_stacked_block_is_on_top(expert):
+    obs = expert[1][-1][0]
+    envs = make_envs("tabletop", 100, 0, partial_reset=False)
+    envs.reset(options={"eval_states": SOME})
+    envs.step_chunk(expert[0])
+    for rows, block in ((slice(60, 70), 0), (slice(70, 80), BLUE)):
+        colour, *_ = pixel(obs["images"][rows, 0], envs.objects[rows, block])
+        assert (np.linalg.norm(colour[:, None] - simulators.BLOCKS, axis=-1).argmin(axis=1) == block).all()
 
 
 def test_targets():
