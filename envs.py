@@ -39,6 +39,11 @@ def make_envs(env_id, num_envs, seed, partial_reset=True):
     return Tabletop(tasks, num_envs, seed, partial_reset)
 
 
+def select_rows(obs, rows):
+    """The observation of some of the environments; rows is an index array."""
+    return {k: [v[i] for i in rows] if isinstance(v, list) else v[rows] for k, v in obs.items()}
+
+
 # Tabletop: the table is [-1, 1]^2 with y up, the camera looks straight down --------------------------------
 
 RED, GREEN, BLUE, PLATE, BOWL, BUTTON, HANDLE, NOTHING = *range(7), -1
@@ -183,8 +188,7 @@ class Tabletop(gym.vector.VectorEnv):
         if self.record:
             info["frames"] = frames
         if len(ended):
-            final = {"images": obs["images"][ended], "state": obs["state"][ended]}
-            info["final_obs"] = {**final, "prompt": [obs["prompt"][n] for n in ended]}
+            info["final_obs"] = select_rows(obs, ended)
             if self.partial_reset:
                 task = self.rng.integers(len(self.tasks), size=len(ended))
                 self._begin(ended, task, sample_scenes(self.rng, len(ended)))
@@ -208,7 +212,7 @@ class Tabletop(gym.vector.VectorEnv):
         self.fingers = np.clip(self.fingers + FINGER_SPEED * action[:, 2], 0, 1)
         closing, opening = ~was_closed & (self.fingers > 0.5), was_closed & (self.fingers <= 0.5)
 
-        distance = np.linalg.norm(self._places() - self.gripper[:, None], axis=-1)  # (N, 7)
+        distance = np.linalg.norm(self.places() - self.gripper[:, None], axis=-1)  # (N, 7)
         nearest = distance[:, :3].argmin(axis=1)
         block = closing & (distance[every, nearest] < GRASP_RADIUS)
         pull = closing & ~block & (distance[:, HANDLE] < HANDLE_RADIUS)
@@ -227,21 +231,21 @@ class Tabletop(gym.vector.VectorEnv):
         self.held = np.where(opening | slipped, NOTHING, grasped)
 
         source, destination = self.goals[self.task].T
-        places = self._places()
+        places = self.places()
         missed = np.linalg.norm(places[every, source] - places[every, destination], axis=-1)
         placed = (source <= BLUE) & (released == source) & (missed < PLACE_RADIUS)
         drawn = (source == HANDLE) & (self.opening >= DRAWER_OPEN)
         return alive & (placed | drawn | ((source == BUTTON) & self.pressed))
 
-    def _places(self):
-        """Where everything is (N, 7, 2): the objects and the drawer's handle."""
+    def places(self):
+        """Privileged: where everything is (N, 7, 2): the objects and the drawer's handle."""
         handle = np.stack([self.handle_x, HANDLE_Y - self.opening], axis=-1)
         return np.concatenate([self.objects, handle[:, None]], axis=1)
 
     def targets(self):
         """Privileged: where the instruction's source and destination are, (N, 4) float32."""
         every, (source, destination) = np.arange(self.num_envs), self.goals[self.task].T
-        places = self._places()
+        places = self.places()
         start, end = places[every, source], places[every, destination]
         end[source == HANDLE, 1] = HANDLE_Y - DRAWER_LENGTH
         return np.concatenate([start, end], axis=1).astype(np.float32)

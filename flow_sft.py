@@ -79,7 +79,9 @@ def collect_demonstrations(envs, num_demos, horizon):
             for n in np.flatnonzero(terminated):
                 if count[info["task"][n]] < num_demos:
                     count[info["task"][n]] += 1
-                    rest = [a[n] for a in acted] + [acted[-1][n]] * (horizon - 1)  # the last action is repeated
+                    rest = [a[n] for a in acted] + [acted[-1][n]] * (
+                        horizon - 1
+                    )  # the last action is repeated
                     observations += [{k: v[n] for k, v in o.items()} for o in seen]
                     chunks += [np.stack(rest[i : i + horizon]) for i in range(len(seen))]
             alive &= ~(terminated | truncated)
@@ -110,11 +112,16 @@ def finetune(policy, obs, actions, args, generator):
 def pretrain(policy, envs, args, rng):
     """Stage 0: from the values of layer l, averaged over the tokens, a head reads source and destination (x, y)."""
     c = policy.config
-    widths = [c.head_dim] * (c.depth - 1) + [c.width]  # layers 1, 2, ... and the pooled output that V_vlm reads
+    widths = [c.head_dim] * (c.depth - 1) + [
+        c.width
+    ]  # layers 1, 2, ... and the pooled output that V_vlm reads
     heads = nn.ModuleList(nn.Sequential(nn.Linear(w, 128), nn.GELU(), nn.Linear(128, 4)) for w in widths)
+    everything = nn.Sequential(
+        nn.Linear(c.width, 128), nn.GELU(), nn.Linear(128, 14)
+    )  # seven objects, from layer 0
     for module in policy.vlm_modules:
         module.requires_grad_(True)
-    parameters = [p for module in [*policy.vlm_modules, heads] for p in module.parameters()]
+    parameters = [p for module in [*policy.vlm_modules, heads, everything] for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.total_steps)
     progress = tqdm(range(args.total_steps), desc="VLM", mininterval=1)
@@ -126,17 +133,23 @@ def pretrain(policy, envs, args, rng):
             noise = rng.normal(0, 0.5, (envs.num_envs, rng.integers(2, 9), 3))
             obs = envs.step_chunk(envs.expert_action()[:, None] + noise)[0]
         targets = torch.from_numpy(envs.targets())  # (B, 4)
-        prefix = policy.encode(policy.preprocess(obs))
+        inputs = policy.preprocess(obs)
+        prefix = policy.encode(inputs)
         weight = prefix.mask[:, None, :, None] / prefix.mask.sum(1)[:, None, None, None]
         read = [*(prefix.kv[:, 1:, 1] * weight).sum(2).unbind(1), prefix.pooled]
         guesses = torch.stack([head(x) for head, x in zip(heads, read)], dim=1)  # (B, depth, 4)
         loss = F.smooth_l1_loss(guesses, targets[:, None].expand_as(guesses), beta=0.05)
+        places = torch.from_numpy(envs.places().astype(np.float32)).flatten(1)  # (B, 14)
+        seen = everything(policy.embed_images(inputs["images"]).mean(dim=1))
+        loss = loss + F.smooth_l1_loss(seen, places, beta=0.05)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        off = (guesses.detach() - targets[:, None]).unflatten(2, (2, 2)).norm(dim=3).amax(2)  # (B, depth): worse of the two
+        off = (
+            (guesses.detach() - targets[:, None]).unflatten(2, (2, 2)).norm(dim=3).amax(2)
+        )  # (B, depth): worse of the two
         errors = [*errors[-19:], off]
         if step % 100 == 99:
             recent = torch.cat(errors)
@@ -154,7 +167,13 @@ def main(args):
     rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
     if args.pretrain:
         envs = make_envs(args.env_id, args.batch_size, args.seed)
-        policy = Policy(TINY, {"state": {"mean": [0.0] * 4, "std": [1.0] * 4}, "actions": {"mean": [0.0] * 3, "std": [1.0] * 3}})
+        policy = Policy(
+            TINY,
+            {
+                "state": {"mean": [0.0] * 4, "std": [1.0] * 4},
+                "actions": {"mean": [0.0] * 3, "std": [1.0] * 3},
+            },
+        )
         policy.fit_prompts(envs.prompts)
         errors = pretrain(policy, envs, args, rng)
         save_policy(policy, args.output or "checkpoints/tiny", "card")

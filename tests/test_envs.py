@@ -336,7 +336,7 @@ def test_reach(thing, radius):
     envs = make_envs("tabletop_blue_bowl", 2, 0, partial_reset=False)
     envs.reset()
     envs.objects[:] = np.linspace(-0.8, 0.8, 6)[:, None] * (1, 0)  # in a row, away from the drawer
-    envs.gripper = envs._places()[:, thing] + [(0, radius - 0.01), (0, radius + 0.01)]
+    envs.gripper = envs.places()[:, thing] + [(0, radius - 0.01), (0, radius + 0.01)]
     envs.step(np.full((2, 3), (0, 0, 1)))
     assert not envs.pressed.any() and (envs.held == -1).all()
     envs.step(np.full((2, 3), (0, 0, 1)))
@@ -346,7 +346,7 @@ def test_reach(thing, radius):
 def test_handle_slips():
     envs = make_envs("tabletop_red_plate", 1, 0, partial_reset=False)
     envs.reset()
-    envs.gripper = envs._places()[:, HANDLE]
+    envs.gripper = envs.places()[:, HANDLE]
     held = []
     for action in [(0, 0, 1)] * 2 + [(0, -1, 0)] * 2 + [(1, 0, 0)] * 3 + [(0, -1, 0)]:
         envs.step(np.array([action]))
@@ -380,7 +380,7 @@ def test_colours():
     for hand in ("away", "over"):
         for size, count in ((32, 100), (256, 8)):
             for thing in range(7):
-                places = envs._places()[:, thing]
+                places = envs.places()[:, thing]
                 envs.gripper = places.copy() if hand == "over" else np.full((100, 2), -1.0)
                 colour, *_ = pixel(envs.render(size, slice(count)), places[:count])
                 nearest = np.linalg.norm(colour[:, None] - palette, axis=-1).argmin(axis=1)

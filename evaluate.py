@@ -1,0 +1,209 @@
+"""Evaluation of checkpoints on the environment's fixed states: a table per task, the protocol, and a video.
+
+A policy is evaluated by the ODE (Eq. 6): a chunk starts from seeded noise A^0 and nothing else is random.
+With `--stochastic` the same states are also played by the SDE that PPO explores with; the difference is the
+train-eval gap of the paper's Table 6. Every state is one episode, and success at any step of it is success.
+
+    python evaluate.py                                                     # checkpoints/tabletop-sft
+    python evaluate.py --checkpoints checkpoints/tabletop-sft runs/.../checkpoint --capture-video demo.gif
+"""
+
+import json
+import math
+import os
+import textwrap
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+import flow_sde_ppo
+from envs import make_envs, write_gif
+from flow_sde_ppo import Agent, evaluate
+from pi_models import fail, load_policy
+
+
+@dataclass
+class Args:
+    checkpoints: tuple[str, ...] = ("checkpoints/tabletop-sft",)
+    """folders of the policies to compare"""
+    labels: tuple[str, ...] = ()
+    """their names in the table and the video; default: the folders' names"""
+    env_id: str = "tabletop"
+    """environment; an unknown name lists the nearest ones"""
+    seeds: tuple[int, ...] = (0,)
+    """seeds of the evaluation's noise, whose episodes are pooled; training evaluates with seed 0"""
+    stochastic: bool = False
+    """play every state by the SDE as well, as the rollouts of training do"""
+    json: str = ""
+    """file for all the numbers"""
+    capture_video: str = ""
+    """GIF to write: a row per checkpoint, six tasks, each from the first of its states"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where there is one"""
+    num_threads: int = 1
+    """CPU threads of torch; at tiny size more threads than idle cores are several times slower"""
+    chunk_len: int = flow_sde_ppo.Args.chunk_len
+    """actions executed per chunk, at most the policy's horizon"""
+    denoise_steps: int = flow_sde_ppo.Args.denoise_steps
+    """K, integration steps from noise to action"""
+    noise_level: float = flow_sde_ppo.Args.noise_level
+    """a, the scale of the SDE's noise (this one and the next two are for --stochastic)"""
+    sde_solver: Literal["euler", "cps"] = flow_sde_ppo.Args.sde_solver
+    """Euler-Maruyama (Eq. 9) or Flow-CPS"""
+    mdp: Literal["hybrid", "two-layer"] = flow_sde_ppo.Args.mdp
+    """noise in one random denoise step of a chunk, or in every one"""
+
+
+def wilson(successes, episodes, z=1.959964):
+    """95 % interval of a success rate. Unlike rate +- 2 standard errors it holds near 0 and 1 too."""
+    rate, scale = successes / episodes, 1 + z**2 / episodes
+    middle = (rate + z**2 / (2 * episodes)) / scale
+    half = z / scale * math.sqrt(rate * (1 - rate) / episodes + z**2 / (4 * episodes**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def play_expert(envs):
+    """Episode lengths (tasks, states) of the scripted expert, which reads the simulator's own positions."""
+    envs.reset(options={"eval_states": np.arange(envs.num_eval_states)})
+    info = {"steps": np.ones(1)}
+    while info["steps"].any():
+        *_, info = envs.step_chunk(envs.expert_action()[:, None])
+    return info["episode_length"].reshape(len(envs.tasks), -1)
+
+
+def summarize(runs, expert, tasks):
+    """What is reported of results of `evaluate`, one a seed, and of the expert's lengths (tasks, states)."""
+    success, length, task = (np.concatenate([r[key] for r in runs]) for key in ("success", "length", "task"))
+    expert = np.tile(expert.T.flatten(), len(runs))  # the order of `evaluate`: neighbours are different tasks
+
+    def count(x):
+        return {"success_rate": float(x.mean()), "successes": int(x.sum()), "episodes": x.size}
+
+    return count(success) | {
+        "interval": wilson(int(success.sum()), success.size),
+        "length": float(length[success].mean()) if success.any() else None,  # of the successful episodes
+        "expert_length": float(expert[success].mean()) if success.any() else None,  # from the same states
+        "tasks": {name: count(success[task == i]) for i, name in enumerate(tasks)},
+    }
+
+
+def markdown(report):
+    """The report as a table, with a line on how it was measured."""
+    expert, results, p = report["expert_length"], report["results"], report["protocol"]
+    cell = "{success_rate:.1%} ({successes}/{episodes})".format
+    rows = [("task", "expert length", *(r["name"] for r in results))]
+    rows += [(t, f"{length:.1f}", *(cell(**r["tasks"][t]) for r in results)) for t, length in expert.items()]
+    rows.append(("**mean**", f"{np.mean(list(expert.values())):.1f}", *(f"**{cell(**r)}**" for r in results)))
+    rows.append(("95% interval", "", *("{:.1%} to {:.1%}".format(*r["interval"]) for r in results)))
+    for name, key in ("length of successes", "length"), ("expert's, same states", "expert_length"):
+        rows.append((name, "", *("-" if r[key] is None else f"{r[key]:.1f}" for r in results)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    table = "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+    sde = f" and {p['mdp']} SDE ({p['sde_solver']}, noise {p['noise_level']})" if p["stochastic"] else ""
+    return (
+        f"{table}\n\nProtocol: {p['env_id']}, {p['num_states']} fixed states, "
+        f"at most {p['max_episode_steps']} steps, chunks of {p['chunk_len']}, K = {p['denoise_steps']}, "
+        f"deterministic ODE{sde}, evaluation seed {', '.join(map(str, p['seeds']))}, torch {p['torch']}."
+    )
+
+
+def draw_video(rows, prompts):
+    """Frames of rows (title, pictures (T, columns, tile, tile, 3), success, length) under their prompts."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    small, large, tile = ImageFont.load_default(13), ImageFont.load_default(16), rows[0][1].shape[2]
+    lefts = range(4, (tile + 4) * len(prompts), tile + 4)
+    tops = range(74, 74 + (tile + 52) * len(rows), tile + 52)  # a title above each row, a result below
+    blank = Image.new("RGB", (lefts[-1] + tile + 4, tops[-1] + tile + 26), "white")
+    draw = ImageDraw.Draw(blank)
+    for left, prompt in zip(lefts, prompts):
+        text = textwrap.fill(prompt, 19)
+        draw.multiline_text((left + tile // 2, 24), text, "black", small, "mm", align="center")
+    for top, (title, *_) in zip(tops, rows):
+        draw.text((4, top - 12), title, "black", large, "lm")
+    frames = [blank.copy() for _ in range(max(max(length) for *_, length in rows))]
+    for t, frame in enumerate(frames):
+        draw = ImageDraw.Draw(frame)
+        for top, (_, pictures, *results) in zip(tops, rows):
+            for left, picture, success, length in zip(lefts, pictures[min(t, len(pictures) - 1)], *results):
+                colour, text = ("green", f"done in {length} steps") if success else ("firebrick", "not done")
+                if t + 1 < length:
+                    colour, text = "gray", f"step {t + 1}"
+                frame.paste(Image.fromarray(picture), (left, top))
+                draw.rectangle((left, top + tile, left + tile - 1, top + tile + 20), fill=colour)
+                draw.text((left + tile // 2, top + tile + 10), text, "white", small, "mm")
+    # one palette for all frames: what does not move is the same in each of them, and costs nothing
+    palette = Image.fromarray(np.vstack([np.asarray(frame) for frame in frames[::-8]])).quantize(128)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB") for frame in frames]
+    return np.stack([*frames, *frames[-1:] * 20])
+
+
+def main(args):
+    # -- the user's mistakes
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    gif, smallest_k = args.capture_video, 2 if args.sde_solver == "cps" else 1
+    for wrong, message in [
+        (not args.checkpoints or not args.seeds, "--checkpoints and --seeds need at least one value"),
+        (len(args.labels) not in (0, len(args.checkpoints)), "--labels: give one per checkpoint"),
+        (args.num_threads < 1 or args.chunk_len < 1, "--num-threads and --chunk-len must be at least 1"),
+        (args.denoise_steps < smallest_k, f"--denoise-steps must be at least {smallest_k}"),
+        (args.stochastic and args.noise_level <= 0, "--noise-level must be above 0 with --stochastic"),
+        (gif and not gif.endswith(".gif"), f"--capture-video {gif}: the name must end in .gif"),
+        (device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
+    ]:
+        if wrong:
+            fail(message)
+    torch.set_num_threads(args.num_threads)
+    num_states = make_envs(args.env_id, 1, 0).num_eval_states
+    envs = make_envs(args.env_id, min(num_states, 250), 0, partial_reset=False)  # as in training
+    policies = [load_policy(checkpoint, device) for checkpoint in args.checkpoints]
+    for checkpoint, policy in zip(args.checkpoints, policies):
+        if args.chunk_len > policy.config.horizon:
+            fail(f"--chunk-len {args.chunk_len}: the horizon of {checkpoint} is {policy.config.horizon}")
+        if envs.single_action_space.shape != (policy.env_action_dim,):
+            fail(f"{checkpoint} has actions of {policy.env_action_dim} numbers, {args.env_id} has others")
+        policy.fit_prompts(envs.prompts)
+    for path in filter(None, (args.json, gif)):
+        if os.path.isdir(path) or not os.access(os.path.join(os.path.dirname(path), "."), os.W_OK):
+            fail(f"{path} cannot be written: no such folder, or no permission")
+
+    # -- episodes
+    names = [path.rstrip("/").removesuffix("/checkpoint").split("/")[-1] for path in args.checkpoints]
+    expert = play_expert(make_envs(args.env_id, num_states, 0, partial_reset=False))
+    shown = np.ceil(np.linspace(0, max(len(envs.tasks), 6) - 1, 6)).astype(int)  # six of the tasks, evenly
+    results, rows = [], []
+    for label, checkpoint, policy in zip(args.labels or names, args.checkpoints, policies):
+        agent = Agent(policy, args)
+        for ode in (True, False)[: 1 + args.stochastic]:
+            name = f"{label}, {'ODE' if ode else 'SDE'}" if args.stochastic else label
+            print(f"evaluating {name}: {num_states} episodes, seeds {args.seeds}", flush=True)
+            record = shown[-1] + 1 if gif and ode else 0
+            runs = [evaluate(agent, envs, ode, seed, 0 if i else record) for i, seed in enumerate(args.seeds)]
+            summary = summarize(runs, expert, envs.tasks)
+            results.append({"name": name, "checkpoint": checkpoint, "deterministic": ode} | summary)
+            if record:
+                title = f"{label}: success in {summary['success_rate']:.1%} of {summary['episodes']} episodes"
+                halves = [f[shown].reshape(6, 128, 2, 128, 2, 3).mean(axis=(2, 4)) for f in runs[0]["frames"]]
+                rows.append((title, np.uint8(halves), runs[0]["success"][shown], runs[0]["length"][shown]))
+
+    # -- results
+    protocol = {**asdict(args), "num_states": num_states, "max_episode_steps": envs.max_episode_steps}
+    protocol["torch"] = torch.__version__
+    expert_length = dict(zip(envs.tasks, expert.mean(axis=1).tolist()))
+    report = {"protocol": protocol, "expert_length": expert_length, "results": results}
+    print(f"\n{markdown(report)}\n")
+    if args.json:
+        with open(f"{args.json}.tmp", "w") as file:
+            json.dump(report, file, indent=1)
+        os.replace(f"{args.json}.tmp", args.json)
+    if gif:
+        write_gif(gif, draw_video(rows, [envs.prompts[task] for task in runs[0]["task"][shown]]))
+        print(f"video: {gif}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

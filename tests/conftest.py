@@ -1,0 +1,61 @@
+"""What the tests share: a policy small enough to be built in a moment, and observations for it."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from envs import make_envs  # noqa: E402
+from pi_models import TINY, Policy  # noqa: E402
+
+torch.set_num_threads(1)  # at these sizes a second thread only waits for the first
+STATS = {
+    "state": {"mean": [0.1, 0.0, -0.2, 0.0], "std": [0.5, 0.4, 0.9, 1.0]},
+    "actions": {"mean": [0.05, -0.1, 0.2], "std": [0.6, 0.5, 0.8]},
+}
+
+
+def make_policy(critic="", critic_layers=2, seed=0, **sizes):
+    """An untrained pi0; unlike that of a new critic, the last layer of its value head is not zero."""
+    torch.manual_seed(seed)
+    sizes = dict(vision_depth=1, depth=2) | sizes
+    policy = Policy(dataclasses.replace(TINY, critic=critic, critic_layers=critic_layers, **sizes), STATS)
+    if critic:
+        for parameter in policy.value_head.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return policy.eval()
+
+
+def observe(n, seed=0):
+    """Tabletop scenes, of several instructions of different length."""
+    return make_envs("tabletop", n, seed).reset()[0]
+
+
+def encode(policy, n, seed=0):
+    with torch.no_grad():
+        return policy.encode(policy.preprocess(observe(n, seed)))
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def one_line_error(capsys):
+    """Calls a function that has to end with exit code 2 and one line on stderr, and returns the line."""
+
+    def call(function, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            function(*args)
+        out, message = capsys.readouterr()
+        assert stop.value.code == 2 and not out
+        assert message.startswith("error: ") and message.count("\n") == 1 and message.endswith("\n")
+        return message
+
+    return call

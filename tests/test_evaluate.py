@@ -1,0 +1,251 @@
+"""The numbers that evaluate.py reports, against the episodes that they are about."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import envs as simulators  # noqa: E402
+import evaluate as script  # noqa: E402
+from envs import make_envs  # noqa: E402
+from evaluate import Args, main, markdown, play_expert, summarize, wilson  # noqa: E402
+from pi_models import TINY, Policy, save_policy  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained policy."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("untrained") / "checkpoint"
+    stats = {key: {"mean": [0.0] * size, "std": [1.0] * size} for key, size in (("state", 4), ("actions", 3))}
+    save_policy(Policy(TINY, stats), folder)
+    return str(folder)
+
+
+@pytest.fixture
+def few_states(monkeypatch):
+    """Six evaluation states per task instead of fifty."""
+    monkeypatch.setattr(simulators, "EVAL_STATES", 6)
+
+
+def cells(table):
+    """{first cell: the other cells} of a Markdown table."""
+    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    assert len({len(row) for row in rows}) == 1 and set("".join(rows[1])) == {"-"}
+    return {row[0]: row[1:] for row in rows}
+
+
+# --- the interval ---
+
+
+def score_interval(successes, episodes, z=1.959964):
+    """The rates p that a score test does not reject, |rate - p| <= z sqrt(p (1 - p) / n), by bisection."""
+    rate = successes / episodes
+
+    def rejected(p):
+        return abs(rate - p) > z * math.sqrt(p * (1 - p) / episodes)
+
+    def edge(inside, outside):
+        if not rejected(outside):
+            return outside
+        for _ in range(80):
+            middle = (inside + outside) / 2
+            inside, outside = (inside, middle) if rejected(middle) else (middle, outside)
+        return inside
+
+    return edge(rate, 0.0), edge(rate, 1.0)
+
+
+@pytest.mark.parametrize(
+    "successes, episodes", [(8, 10), (1, 10), (232, 500), (1, 500), (499, 500), (0, 50), (500, 500), (1, 1)]
+)
+def test_interval_solves_the_score_equation(successes, episodes):
+    low, high = wilson(successes, episodes)
+    assert (low, high) == pytest.approx(score_interval(successes, episodes), abs=1e-6)
+    assert 0 <= low <= successes / episodes <= high <= 1
+
+
+def test_interval_known_values():
+    z2 = 1.959964**2
+    assert wilson(8, 10) == pytest.approx((0.490, 0.943), abs=5e-4)
+    assert wilson(0, 50) == pytest.approx((0, z2 / (50 + z2)))  # closed forms at the ends
+    assert wilson(500, 500) == pytest.approx((500 / (500 + z2), 1))
+
+
+# --- the table ---
+
+
+class Expert:
+    """An agent that acts like the scripted expert, or not at all where the drawer is on the right."""
+
+    chunk_len, action_dim, device = 1, 3, "cpu"
+
+    def __init__(self, envs):
+        self.envs, self.policy = envs, self
+
+    def preprocess(self, obs):
+        return obs
+
+    def encode(self, obs):
+        return obs
+
+    def act(self, obs, generator, deterministic):
+        return torch.zeros(len(obs["prompt"]), 1), None, None
+
+    def postprocess(self, x, obs):
+        envs = self.envs
+        actions = np.where(envs.handle_x[:, None] > 0, 0, envs.expert_action())
+        return actions[envs.alive][:, None].astype(np.float32)
+
+
+def test_expert_is_compared_on_the_same_states(few_states):
+    envs = make_envs("tabletop", 30, 0, partial_reset=False)  # two rounds
+    expert = play_expert(make_envs("tabletop", 60, 0, partial_reset=False))
+    left = (envs.eval_scenes[1] <= 0).reshape(10, 6)
+    assert expert.shape == (10, 6) and expert.min() > 1 and expert.max() < 60 and 0.2 < left.mean() < 0.8
+    result = summarize([script.evaluate(Expert(envs), envs)], expert, envs.tasks)
+    assert [result["tasks"][task]["successes"] for task in envs.tasks] == left.sum(axis=1).tolist()
+    assert result["length"] == result["expert_length"] == pytest.approx(expert[left].mean())
+    assert result["length"] != pytest.approx(expert.mean(), abs=0.02)  # all states have another mean
+
+
+def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, tmp_path, capsys):
+    rng, played = np.random.default_rng(0), {}
+
+    def invented(agent, envs, deterministic=True, seed=0, record=0):
+        task = np.tile(np.arange(10), 6)
+        result = {"success": rng.random(60) < 0.3 + 0.05 * task, "length": rng.integers(5, 60, 60)}
+        played.setdefault((agent.policy, deterministic), {})[seed] = result
+        return result | {"task": task}
+
+    monkeypatch.setattr(script, "evaluate", invented)
+    path = tmp_path / "numbers.json"
+    args = Args(checkpoints=(checkpoint, checkpoint), labels=("SFT", "RL"), seeds=(3, 4), stochastic=True)
+    args.json = str(path)
+    main(args)
+    out = capsys.readouterr().out
+    table, report = cells(out), json.loads(path.read_text())
+    names = ["SFT, ODE", "SFT, SDE", "RL, ODE", "RL, SDE"]
+    assert table["task"] == ["expert length", *names] and names == [r["name"] for r in report["results"]]
+    assert [deterministic for _, deterministic in played] == [True, False, True, False]
+    expert = play_expert(make_envs("tabletop", 60, 0, partial_reset=False))
+    assert table["**mean**"][0] == f"{expert.mean():.1f}"
+    for column, (runs, result) in enumerate(zip(played.values(), report["results"]), 1):
+        assert sorted(runs) == [3, 4]
+        wins = sum(int(run["success"].sum()) for run in runs.values())
+        steps = np.concatenate([run["length"][run["success"]] for run in runs.values()]).mean()
+        assert (result["successes"], result["episodes"], result["success_rate"]) == (wins, 120, wins / 120)
+        assert result["length"] == pytest.approx(steps)
+        assert table["length of successes"][column] == f"{steps:.1f}"
+        assert table["**mean**"][column] == f"**{wins / 120:.1%} ({wins}/120)**"
+        assert table["95% interval"][column] == "{:.1%} to {:.1%}".format(*wilson(wins, 120))
+        for i, task in enumerate(simulators.TASKS):
+            wins = sum(int(success) for run in runs.values() for success in run["success"][i::10])
+            assert table[task][column] == f"{wins / 12:.1%} ({wins}/12)"
+            assert result["tasks"][task] == {"success_rate": wins / 12, "successes": wins, "episodes": 12}
+            assert table[task][0] == f"{expert[i].mean():.1f}"
+    assert "Protocol: tabletop, 60 fixed states, at most 60 steps, chunks of 5, K = 4, det" in out
+    assert "SDE (euler, noise 1.0), evaluation seed 3, 4, torch " + torch.__version__ in out
+    protocol = {"env_id": "tabletop", "num_states": 60, "max_episode_steps": 60, "seeds": [3, 4]}
+    assert protocol.items() <= report["protocol"].items()
+    assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
+
+
+def test_without_a_success_there_is_no_length():
+    never = {"success": np.zeros(4, bool), "length": np.full(4, 60), "task": np.array([0, 1, 0, 1])}
+    result = {"name": "never"} | summarize([never], np.full((2, 2), 9), ["a", "b"])
+    assert result["length"] is None and result["expert_length"] is None and result["interval"][0] == 0
+    protocol = {"env_id": "x", "num_states": 4, "max_episode_steps": 60, "stochastic": False, "torch": "0"}
+    protocol |= {"chunk_len": 5, "denoise_steps": 4, "seeds": [0]}
+    report = {"protocol": protocol, "expert_length": {"a": 9.0, "b": 9.0}, "results": [result]}
+    assert cells(markdown(report))["length of successes"] == ["", "-"]
+
+
+# --- the whole script ---
+
+
+def test_run_with_video(few_states, checkpoint, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(simulators.Tabletop, "max_episode_steps", 15)
+    gif, path = tmp_path / "demo.gif", tmp_path / "numbers.json"
+    args = Args(checkpoints=(checkpoint, checkpoint), labels=("before", "after"), capture_video=str(gif))
+    args.env_id, args.json = "tabletop_press_button", str(path)
+    main(args)
+    report = json.loads(path.read_text())
+    first, second = report["results"]
+    assert {**first, "name": ""} == {**second, "name": ""}  # the same policy, the same noise
+    assert list(report["expert_length"]) == ["press_button"] and first["episodes"] == 6
+    assert f"video: {gif}" in capsys.readouterr().out and sorted(tmp_path.iterdir()) == [gif, path]
+    picture = Image.open(gif)
+    assert picture.size[0] > 6 * 128 and picture.size[1] > 2 * 128 and gif.stat().st_size < 1.5e6
+    assert picture.n_frames == 15
+    picture.seek(14)
+    assert picture.info["duration"] >= 2000  # the end can be read
+
+
+def test_video_tells_how_episodes_end():
+    pictures = np.full((8, 2, 128, 128, 3), 255, np.uint8)
+    rows = [("before", pictures, [True, False], [3, 8]), ("after", pictures[:6], [False, True], [6, 5])]
+    frames = script.draw_video(rows, ["open the drawer", "press the button"])
+
+    def colours(t):  # of the four results, at their left ends
+        pixels = np.array([frames[t, y + 138, x + 3] for y in (74, 254) for x in (4, 136)], float)
+        known = np.array([(128, 128, 128), (0, 128, 0), (178, 34, 34)])
+        distance = np.abs(pixels[:, None] - known).max(axis=2)
+        assert (distance.min(axis=1) < 10).all()
+        return distance.argmin(axis=1).tolist()
+
+    gray, green, red = range(3)
+    assert len(frames) == 8 + 20 and (frames[7:] == frames[7]).all()
+    assert colours(1) == [gray] * 4
+    assert colours(2) == [green, gray, gray, gray]
+    assert colours(4) == [green, gray, gray, green]
+    assert colours(5) == [green, gray, red, green]
+    assert colours(7) == colours(-1) == [green, red, red, green]
+
+
+def test_name_of_a_run(checkpoint, few_states, monkeypatch, capsys):
+    monkeypatch.chdir(Path(checkpoint).parent.parent)
+    main(Args(checkpoints=(checkpoint + "/",), env_id="tabletop_press_button"))
+    assert cells(capsys.readouterr().out)["task"][1] == Path(checkpoint).parent.name
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"env_id": "tabletop_red_plat"}, "tabletop_red_plate"),
+        ({"checkpoints": ("nowhere",)}, "nowhere"),
+        ({"checkpoints": ()}, "--checkpoints"),
+        ({"seeds": ()}, "--seeds"),
+        ({"labels": ("a", "b")}, "--labels"),
+        ({"chunk_len": 6}, "--chunk-len 6"),
+        ({"chunk_len": 0}, "--chunk-len"),
+        ({"num_threads": 0}, "--num-threads"),
+        ({"denoise_steps": 0}, "--denoise-steps must be at least 1"),
+        ({"denoise_steps": 1, "sde_solver": "cps"}, "--denoise-steps must be at least 2"),
+        ({"stochastic": True, "noise_level": 0.0}, "--noise-level"),
+        ({"capture_video": "demo.mp4"}, ".gif"),
+        ({"capture_video": "nowhere/demo.gif"}, "nowhere/demo.gif"),
+        ({"json": "file/numbers.json"}, "file/numbers.json"),
+        ({"json": "folder"}, "folder"),
+    ],
+)
+def test_mistakes_are_one_line(wrong, words, checkpoint, few_states, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("folder").mkdir()
+    monkeypatch.setattr(script, "evaluate", lambda *_: pytest.fail("episodes were played"))
+    with pytest.raises(SystemExit) as stop:
+        main(Args(**{"checkpoints": (checkpoint,), **wrong}))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
