@@ -168,8 +168,13 @@ def main(args):
             fail(f"{checkpoint} has actions of {policy.env_action_dim} numbers, {args.env_id} has others")
         policy.fit_prompts(envs.prompts)
     for path in filter(None, (args.json, gif)):
-        if os.path.isdir(path) or not os.access(os.path.join(os.path.dirname(path), "."), os.W_OK):
-            fail(f"{path} cannot be written: no such folder, or no permission")
+        try:
+            if os.path.isdir(path):
+                raise IsADirectoryError(0, "it is a folder")
+            open(f"{path}.tmp", "wb").close()
+            os.remove(f"{path}.tmp")
+        except OSError as error:
+            fail(f"{path} cannot be written: {error.strerror}")
 
     # -- episodes
     names = [path.rstrip("/").removesuffix("/checkpoint").split("/")[-1] for path in args.checkpoints]
