@@ -250,10 +250,10 @@ class Tabletop(gym.vector.VectorEnv):
         end[source == HANDLE, 1] = HANDLE_Y - DRAWER_LENGTH
         return np.concatenate([start, end], axis=1).astype(np.float32)
 
-    def expert_action(self):
-        """The scripted expert's action (N, 3), from the privileged state."""
+    def expert_action(self, aim_error=0):
+        """The scripted expert's action (N, 3), from the privileged state; aim_error (N, 4) misplaces its targets."""
         source, carrying = self.goals[self.task, 0], self.held == self.goals[self.task, 0]
-        targets = self.targets()
+        targets = self.targets() + aim_error
         offset = np.where(carrying[:, None], targets[:, 2:], targets[:, :2]) - self.gripper
         near = np.linalg.norm(offset, axis=1) < 0.05
         grip = np.where(near & (self.fingers <= 0.5), 1, -1)

@@ -147,7 +147,7 @@ def transition(x, velocity, tau, delta, noise_level, solver="euler"):
 
 
 def log_prob(x_next, mu, std, chunk_len, action_dim):
-    """log N(x_next; mu, std) of a chunk: the sum over executed steps and real action dims, not the padding."""
+    """log N(x_next; mu, std) of a chunk: the sum over executed steps and real action dims, not padding."""
     terms = -0.5 * ((x_next - mu) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)  # (B, H, D)
     return terms[:, :chunk_len, :action_dim].sum(dim=(1, 2))  # (B,)
 
@@ -164,7 +164,7 @@ class Agent:
 
     @torch.no_grad()
     def act(self, prefix, generator, deterministic=False):
-        """Denoise from A^0 ~ N(0, I): the chain (B, K+1, H, D), its decisions (B, S) and their log-prob (B, S)."""
+        """Denoise from A^0 ~ N(0, I): chain (B, K+1, H, D), decisions (B, S) and their log-prob (B, S)."""
         B, device, c = len(prefix.mask), prefix.mask.device, self.policy.config
         if self.hybrid:  # one denoise step, drawn for each environment and chunk, is the decision
             denoise_idx = torch.randint(self.noisy_steps, (B, 1), generator=generator, device=device)
@@ -187,14 +187,14 @@ class Agent:
         return torch.stack(chain, dim=1), denoise_idx, logprob
 
     def evaluate_actions(self, prefix, chain, denoise_idx):
-        """Log-prob (B, S), entropy and std of stored decisions under the present weights, one expert pass each."""
+        """Log-prob (B, S), entropy and std of stored decisions under the present weights."""
         k = denoise_idx.flatten()  # (B * S,)
         row = torch.arange(len(chain), device=chain.device).repeat_interleave(self.num_decisions)
         x, x_next, tau = chain[row, k], chain[row, k + 1], k / self.K  # (B * S, H, D) twice, (B * S,)
         velocity, _ = self.policy.velocity(prefix if self.hybrid else prefix[row], x, tau)
         mu, std = transition(x, velocity, tau, self.delta, self.noise_level, self.solver)
         logprob = log_prob(x_next, mu, std, self.chunk_len, self.action_dim)
-        entropy = (0.5 + 0.5 * math.log(2 * math.pi) + torch.log(std)).mean() * self.chunk_len * self.action_dim
+        entropy = (0.5 * math.log(2 * math.pi * math.e) + torch.log(std)) * self.chunk_len * self.action_dim
         return logprob.view_as(denoise_idx), entropy, std
 
     def value(self, prefix, chain=None, generator=None):
@@ -215,9 +215,9 @@ class Agent:
 def compute_advantages(rewards, values, next_value, terminated, truncated, final_values, gamma, gae_lambda):
     """Eq. 13 over chunks. values (T, N, S), next_value (N,), the others (T, N).
 
-    Success ends the return. The time limit does not: the value of the final observation stands for what would
-    have come. Denoise steps inside a chunk carry no reward and no discount, so its S decisions share one return,
-    and each is compared with its own value.
+    Success ends the return. The time limit does not: the value of the final observation stands for what
+    would have come. Denoise steps inside a chunk carry no reward and no discount, so its S decisions share
+    one return, and each is compared with its own value.
     """
     first = values[..., 0]  # (T, N): the value where the chunk begins
     advantages, last = torch.zeros_like(first), 0.0
@@ -232,7 +232,7 @@ def compute_advantages(rewards, values, next_value, terminated, truncated, final
 
 
 def update(agent, optimizer, batch, args, generator, train_actor=True):
-    """PPO over the chunks in which the episode was alive: clipped surrogate (Eqs. 14-15), clipped value loss."""
+    """PPO on the chunks in which the episode was alive: clipped surrogate (Eqs. 14-15) and value loss."""
     names = ("chain", "denoise_idx", "logprob", "value", "advantages", "returns")
     chain, denoise_idx, old_logprob, old_value, advantages, returns = (
         getattr(batch, name).flatten(0, 1) for name in names  # (T * N, ...)
@@ -282,7 +282,7 @@ def update(agent, optimizer, batch, args, generator, train_actor=True):
 
 @torch.no_grad()
 def evaluate(agent, envs, deterministic=True, seed=0, record=0):
-    """One episode from each fixed evaluation state, by the ODE. Returns success, length, task (M,) and frames."""
+    """One episode from each fixed evaluation state, by the ODE: success, length, task (M,) and frames."""
     generator = torch.Generator(agent.policy.device).manual_seed(seed)
     states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
     results, frames = [], []
@@ -312,15 +312,16 @@ def main(args):
     # -- the user's mistakes, before anything is written
     batch_size, min_steps = args.num_envs * args.num_steps, 2 if args.sde_solver == "cps" else 1
     num_iterations = args.total_timesteps // max(batch_size * args.chunk_len, 1)
+    parts = args.num_minibatches
     for wrong, message in [
         (args.num_envs < 1 or args.num_steps < 1, "--num-envs and --num-steps must be at least 1"),
         (args.denoise_steps < min_steps, f"--denoise-steps must be at least {min_steps} ({args.sde_solver})"),
         (args.noise_level <= 0, "--noise-level must be above 0: without noise there is nothing to explore"),
-        (args.num_minibatches < 1 or batch_size % max(args.num_minibatches, 1),
-         f"{batch_size} chunks (num_envs x num_steps) cannot be split into --num-minibatches {args.num_minibatches}"),
+        (parts < 1 or batch_size % max(parts, 1),
+         f"{batch_size} chunks (num_envs x num_steps) are not divisible into {parts} --num-minibatches"),
         (args.chunk_len < 1 or args.update_epochs < 1, "--chunk-len and --update-epochs must be at least 1"),
         (args.critic_layers < 1, "--critic-layers must be at least 1"),
-        (num_iterations < 1, f"--total-timesteps is less than one iteration, {batch_size * args.chunk_len} steps"),
+        (num_iterations < 1, f"--total-timesteps is less than an iteration, {batch_size * args.chunk_len}"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:  # fmt: skip
         if wrong:
@@ -418,7 +419,8 @@ def main(args):
             actions = policy.postprocess(chain[:, -1], obs)[:, : args.chunk_len]  # (N, chunk_len, action_dim)
             obs, reward, terminated, truncated, info = envs.step_chunk(actions)
             batch.reward[t] = torch.from_numpy(reward.sum(axis=1))  # R_t = sum_j r_{t,j}
-            batch.terminated[t], batch.truncated[t] = torch.from_numpy(terminated), torch.from_numpy(truncated)
+            batch.terminated[t] = torch.from_numpy(terminated)
+            batch.truncated[t] = torch.from_numpy(truncated)
             batch.alive[t] = torch.from_numpy(info["alive"])
             done = terminated | truncated
             episodes += zip(*(info[key][done] for key in ("success", "episode_return", "episode_length")))
@@ -468,7 +470,7 @@ def main(args):
             table.writerow(["iteration", "global_step", *metrics])
         table.writerow([iteration, global_step, *metrics.values()])
         if args.save_model and (last or iteration % args.save_freq == 0):
-            card = f"# {run_name}\n\n{args.exp_name}, {global_step} steps of {args.env_id}, from {args.checkpoint}.\n"
+            card = f"# {run_name}\n\nFrom {args.checkpoint}, {global_step} steps, see args.json.\n"
             save_policy(policy, f"{folder}/checkpoint", card)
         speed = f"{metrics['charts/SPS']:.0f} steps/s"
         progress.set_postfix_str(f"success {success_once:.3f}, eval {success_rate:.3f}, {speed}")

@@ -1,16 +1,17 @@
-"""pi0 as in its paper and its public checkpoints: SigLIP + Gemma (the VLM) and a smaller Gemma, the action expert.
+"""pi0 as in its paper and its public checkpoints: SigLIP + Gemma (the VLM), and a smaller Gemma, the expert.
 
     policy = load_policy(path_or_name, device)             # a folder with safetensors, or "tiny"
     inputs = policy.preprocess(obs)                        # simulator observation -> tensors
-    prefix = policy.encode(inputs)                         # vision + language, once per observation: cached K, V
+    prefix = policy.encode(inputs)                         # vision + language, once per observation: K, V
     velocity, features = policy.velocity(prefix, x, tau)   # one denoise step of the expert over the cache
     actions = policy.postprocess(x, obs)                   # model actions -> simulator actions
 
-The prefix (images, prompt) never attends to the suffix (state, noisy actions). So one pass over the prefix, whose keys
-and values are kept, followed by a pass over the suffix alone, is the joint forward exactly, gradients included.
+The prefix (pictures, prompt) never attends to the suffix (state, noisy actions). So one pass over the prefix,
+whose keys and values are kept, then a pass over the suffix alone, is the joint forward exactly.
 
-The clock. Checkpoints run t = 1 (noise) -> 0 (action) and predict noise - action; this project's clock is the paper's,
-tau = 0 (noise) -> 1 (action), velocity = action - noise. `Policy.velocity` turns one into the other, and nothing else does.
+The clock. Checkpoints run t = 1 (noise) -> 0 (action) and predict noise - action. This project's clock is the
+paper's: tau = 0 (noise) -> 1 (action), velocity = action - noise. `Policy.velocity` turns one into the other,
+and nothing else does.
 """
 
 import dataclasses
@@ -67,14 +68,14 @@ class PiConfig:
 
 # The laptop's pi0: the same classes, small numbers. A picture is 16 patches and a byte is a token.
 TINY = PiConfig(
-    image_size=32, patch_size=8, vision_width=96, vision_mlp=192, vision_depth=4, vision_heads=4, width=64, mlp=128, depth=4,
-    heads=4, head_dim=32, vocab_size=257, expert_width=64, expert_mlp=128, action_dim=4, state_dim=4, horizon=5,
-    tokenizer="bytes",
+    image_size=32, patch_size=8, vision_width=96, vision_mlp=192, vision_depth=4, vision_heads=4,
+    width=64, mlp=128, depth=4, heads=4, head_dim=32, vocab_size=257, expert_width=64, expert_mlp=128,
+    action_dim=4, state_dim=4, horizon=5, tokenizer="bytes",
 )  # fmt: skip
 
 
 class Prefix(NamedTuple):
-    """All that the expert and the critics need of an observation, computed once. Rows can be stored and indexed."""
+    """What the expert and the critics need of an observation, computed once; rows can be indexed."""
 
     kv: torch.Tensor  # (B, layers, 2, S, head_dim): keys (rotated) and values of every layer
     mask: torch.Tensor  # (B, S): True where the token is real
@@ -85,7 +86,7 @@ class Prefix(NamedTuple):
         return Prefix(*(field[rows] for field in tuple(self)))
 
 
-# ------------------------------------------------------------------------------------------------------------- networks
+# --------------------------------------------------------------------------------------------------- networks
 
 
 def rope(x, cos, sin):
@@ -95,9 +96,9 @@ def rope(x, cos, sin):
 
 
 def attention(q, k, v, mask):
-    """Multi-query attention: q (B, heads, S, D), one key-value head (B, T, D), mask (B, 1 or S, T), True = may look.
+    """Multi-query attention: q (B, heads, S, D), one key-value head (B, T, D), mask (B, 1 or S, T).
 
-    The heads share keys and mask, so they are folded into the query axis: the same numbers, and the fast kernels apply.
+    The heads share keys and mask, so they are folded into the query axis: the same numbers by fast kernels.
     """
     B, heads, S, D = q.shape
     if mask.shape[1] > 1:
@@ -107,7 +108,7 @@ def attention(q, k, v, mask):
 
 
 def gemma(model, x, positions, mask, cache=None):
-    """Run the layers of a GemmaModel over embeddings x (B, S, W); with a cache, they look at its keys and values first.
+    """The layers of a GemmaModel over embeddings x (B, S, W), which also look at the cache, if there is one.
 
     Returns the normed output and this pass's own (B, layers, 2, S, head_dim) keys and values.
     """
@@ -166,14 +167,16 @@ class Policy(nn.Module):
 
         def gemma_model(width, mlp, vocab_size):
             return GemmaModel(GemmaConfig(
-                hidden_size=width, intermediate_size=mlp, num_hidden_layers=c.depth, num_attention_heads=c.heads,
-                num_key_value_heads=1, head_dim=c.head_dim, vocab_size=vocab_size, initializer_range=width**-0.5,
+                hidden_size=width, intermediate_size=mlp, num_hidden_layers=c.depth, vocab_size=vocab_size,
+                num_attention_heads=c.heads, num_key_value_heads=1, head_dim=c.head_dim,
+                initializer_range=width**-0.5,
                 bos_token_id=None, eos_token_id=None, pad_token_id=None,
             ))  # fmt: skip
 
         self.vision_tower = SiglipVisionModel(SiglipVisionConfig(
             hidden_size=c.vision_width, intermediate_size=c.vision_mlp, num_hidden_layers=c.vision_depth,
-            num_attention_heads=c.vision_heads, image_size=c.image_size, patch_size=c.patch_size, vision_use_head=False,
+            num_attention_heads=c.vision_heads, image_size=c.image_size, patch_size=c.patch_size,
+            vision_use_head=False,
         ))  # fmt: skip
         self.multi_modal_projector = nn.Linear(c.vision_width, c.width)
         self.language_model = gemma_model(c.width, c.mlp, c.vocab_size)
@@ -204,7 +207,7 @@ class Policy(nn.Module):
         return [p for p in self.parameters() if p.requires_grad and id(p) not in critic]
 
     def new_value_head(self, critic, layers):
-        """V_expert reads the expert's features; V_vlm the pooled VLM output and, as pi0's VLM is not given it, the state."""
+        """V_expert reads the expert's features, V_vlm the VLM's output and the state, not in pi0's VLM."""
         self.config = dataclasses.replace(self.config, critic=critic, critic_layers=layers)
         in_dim = self.config.expert_width if critic == "expert" else self.config.width + self.config.state_dim
         self.value_head = ValueHead(in_dim, layers).to(self.device)
@@ -212,7 +215,7 @@ class Policy(nn.Module):
     # -- observation -> tensors
 
     def fit_prompts(self, prompts):
-        """Pad prompts to the longest of these instead of `max_token_len`: exact, since padding is masked, and faster."""
+        """Pad to the longest of these, not to `max_token_len`. Exact, since padding is masked."""
         self.token_len = min(self.config.max_token_len, max(len(self.tokenize(p)) for p in prompts))
 
     def tokenize(self, prompt):
@@ -222,7 +225,7 @@ class Policy(nn.Module):
         return [256, *prompt.encode(), 10]
 
     def preprocess(self, obs):
-        """{"images" (B, cams, H, W, 3) uint8, "state" (B, S), "prompt" [B]} -> normalised tensors on the policy's device."""
+        """{"images" (B, cams, H, W, 3) uint8, "state" (B, S), "prompt" [B]} -> normalised tensors."""
         images = torch.from_numpy(np.ascontiguousarray(obs["images"])).to(self.device)
         images = images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (B, cams, 3, H, W)
         size = self.config.image_size
@@ -306,7 +309,7 @@ class Policy(nn.Module):
         return Prefix(kv, mask, pooled, inputs["state"])
 
     def velocity(self, prefix, x, tau):
-        """The expert's velocity (B, H, action_dim) and output features (B, H, expert_width) at x (B, H, action_dim), tau (B,)."""
+        """Velocity and the expert's output features, (B, H, ...), at x (B, H, action_dim) and tau (B,)."""
         B, H, _ = x.shape
         time = time_embedding(1 - tau.double(), self.config.expert_width).to(
             x.dtype
@@ -324,7 +327,7 @@ class Policy(nn.Module):
         return -self.action_out_proj(features), features  # and the checkpoints' sign
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 # ours -> openpi's, the layout that most tools read. The word embedding is stored as the tied lm_head.
 OPENPI = {
@@ -342,7 +345,7 @@ def openpi_key(key):
 
 
 def load_policy(path_or_name, device="cpu"):
-    """A folder written by `save_policy`, or "tiny": the laptop's pi0 with its pre-trained VLM and an untrained expert."""
+    """A folder written by `save_policy`, or "tiny": the laptop's pi0, VLM pre-trained, expert not."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -351,7 +354,7 @@ def load_policy(path_or_name, device="cpu"):
         if not (folder / name).is_file():
             missing = "has no " + name if folder.is_dir() else "does not exist"
             fail(
-                f"checkpoint '{path_or_name}' {missing}: give a folder with model.safetensors, config.json, norm_stats.json"
+                f"checkpoint '{path_or_name}' {missing}; needed: model.safetensors, config.json, norm_stats.json"
             )
     try:
         fields = json.loads((folder / "config.json").read_text())
@@ -371,16 +374,16 @@ def load_policy(path_or_name, device="cpu"):
         for key in wanted if key in tensors and tensors[key].shape != ours[wanted[key]].shape
     ]  # fmt: skip
     if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        listed = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         fail(
-            f"checkpoint '{path_or_name}' is of another architecture than its config.json: {'; '.join(problems[:4])}{more}"
+            f"checkpoint '{path_or_name}' is of another architecture than its config.json: {listed}"
         )
     policy.load_state_dict({wanted[key]: tensor for key, tensor in tensors.items() if key in wanted})
     return policy.to(device).eval()
 
 
 def save_policy(policy, folder, card=""):
-    """Weights (openpi's keys), sizes, statistics and a model card. Every file is replaced atomically, the weights last."""
+    """Weights (openpi's keys), sizes, statistics, a model card. Files are replaced atomically."""
     from safetensors.torch import save
 
     folder = Path(folder)

@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -40,9 +39,9 @@ def encode(policy, n, seed=0):
         return policy.encode(policy.preprocess(observe(n, seed)))
 
 
-@pytest.fixture
-def rng():
-    return torch.Generator().manual_seed(0)
+def wrapped(owner, name, wrap):
+    """Something broken: a function that patches `owner.name` to be wrap(the real one)."""
+    return lambda patch: patch.setattr(owner, name, wrap(getattr(owner, name)))
 
 
 @pytest.fixture

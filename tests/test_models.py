@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import STATS, encode, make_policy, observe
+from conftest import STATS, encode, make_policy, observe, wrapped
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbedding, apply_rotary_pos_emb
@@ -164,7 +164,10 @@ def check_joint(_):
     assert len(set(inputs["token_mask"].sum(dim=1).tolist())) > 1
     results = []
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-    for velocity in (policy.velocity(policy.encode(inputs), x, tau)[0], joint_velocity(policy, inputs, x, tau)):
+    for velocity in (
+        policy.velocity(policy.encode(inputs), x, tau)[0],
+        joint_velocity(policy, inputs, x, tau),
+    ):
         policy.zero_grad()
         (velocity * weight).sum().backward()
         grads = {key: p.grad for key, p in policy.named_parameters() if p.grad is not None}
@@ -173,7 +176,9 @@ def check_joint(_):
     close(ours, truth, 1e-5)
     assert any(key.startswith("vision_tower") for key in true_grads)
     for key, truth in true_grads.items():  # the queries of the VLM's last layer reach nobody: none, or zero
-        close(our_grads.get(key, torch.zeros(())).expand_as(truth), truth, 1e-5 * (1 + truth.abs().max().item()))
+        close(
+            our_grads.get(key, torch.zeros(())).expand_as(truth), truth, 1e-5 * (1 + truth.abs().max().item())
+        )
 
 
 # --- which check catches what ---
@@ -193,11 +198,6 @@ def passes(prefix=None, suffix=None):
         patch.setattr(pi_models, "gemma", gemma)
 
     return mutate
-
-
-def method(name, wrap, owner=Policy):
-    """A mutant whose `owner.name` is wrap(the real one)."""
-    return lambda patch: patch.setattr(owner, name, wrap(getattr(owner, name)))
 
 
 def padded_length(x, positions, mask, cache):
@@ -224,48 +224,54 @@ def without_gradient(velocity):
     return lambda self, prefix, x, tau: velocity(self, prefix._replace(kv=prefix.kv.detach()), x, tau)
 
 
+def embedding(change):
+    return wrapped(pi_models, "time_embedding", lambda f: lambda t, dim: change(f, t, dim))
+
+
 CLOCK = {
-    "clock turned round": method("velocity", lambda f: lambda self, prefix, x, tau: f(self, prefix, x, 1 - tau)),
-    "wrong sign": method(
-        "velocity", lambda f: lambda self, *a: (lambda velocity, h: (-velocity, h))(*f(self, *a))
+    "clock turned round": wrapped(
+        Policy, "velocity", lambda f: lambda self, p, x, tau: f(self, p, x, 1 - tau)
     ),
-    "time in fp32": lambda patch: patch.setattr(pi_models, "time_embedding", time_in_fp32),
-    "cosines first": method(
-        "time_embedding", lambda f: lambda t, dim: f(t, dim).roll(dim // 2, dims=1), pi_models
-    ),
-    "periods of another range": method(
-        "time_embedding", lambda f: lambda t, dim: f(t, dim, 4e-3, 1.0), pi_models
-    ),
+    "wrong sign": wrapped(Policy, "velocity", lambda f: lambda *a: (-f(*a)[0], f(*a)[1])),
+    "time in fp32": embedding(lambda f, t, dim: time_in_fp32(t, dim)),
+    "cosines first": embedding(lambda f, t, dim: f(t, dim).roll(dim // 2, dims=1)),
+    "periods of another range": embedding(lambda f, t, dim: f(t, dim, 4e-3, 1.0)),
 }
 PREFIX = {
-    "words not scaled": method("forward", lambda _: torch.nn.Embedding.forward, GemmaTextScaledWordEmbedding),
+    "words not scaled": wrapped(
+        GemmaTextScaledWordEmbedding, "forward", lambda _: torch.nn.Embedding.forward
+    ),
     "positions count the padding": passes(
         lambda positions, **_: {"positions": torch.arange(positions.shape[1]).expand_as(positions)}
     ),
     "padding is seen": passes(lambda mask, **_: {"mask": torch.ones_like(mask)}),
     "prefix is causal": passes(causal),
-    "rotation of neighbouring pairs": lambda patch: patch.setattr(pi_models, "rope", interleaved),
+    "rotation of neighbouring pairs": wrapped(pi_models, "rope", lambda _: interleaved),
 }
-PATCHES = {"patches scaled like words": method("embed_images", lambda f: lambda *a: f(*a) * 48**0.5)}
+PATCHES = {"patches scaled like words": wrapped(Policy, "embed_images", lambda f: lambda *a: f(*a) * 48**0.5)}
 SUFFIX = {
-    "suffix begins at position 0": passes(suffix=lambda positions, **_: {"positions": positions - positions[:, :1]}),
+    "suffix begins at 0": passes(suffix=lambda positions, **_: {"positions": positions - positions[:, :1]}),
     "suffix begins after the padding": passes(suffix=padded_length),
     "state sees the actions": passes(suffix=lambda mask, **_: {"mask": mask[:, 1:2].expand_as(mask)}),
     "actions do not see the state": passes(
-        suffix=lambda mask, **_: {"mask": mask & (torch.arange(mask.shape[2]) != mask.shape[2] - mask.shape[1])}
+        suffix=lambda mask, **_: {
+            "mask": mask & (torch.arange(mask.shape[2]) != mask.shape[2] - mask.shape[1])
+        }
     ),
     "actions are causal": passes(suffix=causal),
     "expert sees the padding": passes(suffix=lambda mask, **_: {"mask": mask | mask[:, 1:2].logical_not()}),
     "keys of the layer before": passes(suffix=lambda cache, **_: {"cache": cache.roll(1, dims=1)}),
 }
-GRADIENT = {"no gradient through the cache": method("velocity", without_gradient)}
+GRADIENT = {"no gradient through the cache": wrapped(Policy, "velocity", without_gradient)}
 MUTANTS = CLOCK | PREFIX | PATCHES | SUFFIX | GRADIENT
 CAUGHT = {
     check_velocity: CLOCK | PREFIX | PATCHES | SUFFIX,
     check_chain: CLOCK | PREFIX | PATCHES | SUFFIX,
     check_prefix: PREFIX | PATCHES,
     check_gradients: MUTANTS,
-    check_joint: {name: mutant for name, mutant in MUTANTS.items() if name != "words not scaled"},  # both would be
+    check_joint: {
+        name: mutant for name, mutant in MUTANTS.items() if name != "words not scaled"
+    },  # both would be
 }
 
 
@@ -430,7 +436,9 @@ def test_actions_there_and_back():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("critic, layers", [("", 4), *((c, n) for c in ("expert", "vlm") for n in (1, 2, 3, 4))])
+@pytest.mark.parametrize(
+    "critic, layers", [("", 4), *((c, n) for c in ("expert", "vlm") for n in (1, 2, 3, 4))]
+)
 def test_save_and_load(tmp_path, critic, layers):
     policy = make_policy(critic, layers)
     save_policy(policy, tmp_path / "a" / "b", "# a card")
@@ -449,9 +457,8 @@ def test_save_and_load(tmp_path, critic, layers):
         for p in (policy, again)
     )
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    assert sorted(f.name for f in (tmp_path / "a" / "b").iterdir()) == [
-        "README.md", "config.json", "model.safetensors", "norm_stats.json",
-    ]  # fmt: skip
+    names = {"README.md", "config.json", "model.safetensors", "norm_stats.json"}
+    assert {f.name for f in (tmp_path / "a" / "b").iterdir()} == names  # and nothing temporary
 
 
 def test_files_have_the_keys_of_openpi(tmp_path, openpi):
@@ -476,7 +483,13 @@ def test_what_is_trained():
     policy = make_policy("vlm")
     actor = {id(p) for p in policy.actor_parameters()}
     names = {key.split(".")[0] for key, p in policy.named_parameters() if id(p) in actor}
-    projections = {"state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj"}
+    projections = {
+        "state_proj",
+        "action_in_proj",
+        "action_time_mlp_in",
+        "action_time_mlp_out",
+        "action_out_proj",
+    }
     assert names == {"expert"} | projections
 
 
@@ -507,7 +520,7 @@ DAMAGE = {  # what is wrong: (how, what the message has to say)
     "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), ["cannot be read"]),
     "deeper": (edit("config.json", lambda c: c | {"depth": 3}), ["missing", "layers.2.", "more"]),
     "shallower": (edit("config.json", lambda c: c | {"depth": 1}), ["unexpected", "layers.1."]),
-    "wider": (edit("config.json", lambda c: c | {"action_dim": 7}), ["action_in_proj.weight", "(64, 4)", "(64, 7)"]),
+    "wider": (edit("config.json", lambda c: c | {"action_dim": 7}), ["action_in_proj.weight is (64, 4) instead"]),
     "another key": (rename_a_key, ["missing state_proj.bias", "unexpected a_stranger"]),
     "another critic": (edit("config.json", lambda c: c | {"critic": "vlm"}), ["missing value_head"]),
     "not JSON": (lambda folder: (folder / "config.json").write_text("width: 64\n"), ["cannot be read"]),

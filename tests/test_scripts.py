@@ -1,0 +1,189 @@
+"""flow_sde_ppo.py as a user runs it: reproducible, clear about mistakes, and it learns."""
+
+import csv
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+from conftest import make_policy
+
+from envs import Tabletop, make_envs
+from flow_sde_ppo import Agent, Args, evaluate, main
+from pi_models import load_policy, save_policy
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if 'if __name__ == "__main__"' in p.read_text())
+METRICS = {
+    "charts": ["episodic_return", "episodic_length", "success_once", "learning_rate", "SPS"],
+    "losses": ["value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac", "explained_variance"],
+    "flow": ["std_mean", "grad_norm"],
+    "eval": ["success_rate"],
+    "time": ["rollout", "encode", "update"],
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained policy: enough to see that the loop does what it says."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_policy(make_policy(), folder)
+    return str(folder)
+
+
+def train(run_dir, checkpoint, **changed):
+    """Two iterations, in which every episode reaches its end; the folder and the rows of its metrics.csv."""
+    small = dict(num_envs=6, num_steps=12, total_timesteps=2 * 360, update_epochs=2, critic_warmup=1)
+    small |= dict(env_id="tabletop_press_button", eval_freq=0, save_model=False)
+    args = dataclasses.replace(Args(), checkpoint=checkpoint, run_dir=str(run_dir), **small | changed)
+    main(args)
+    (folder,) = Path(run_dir).iterdir()
+    with open(folder / "metrics.csv") as file:
+        return args, folder, list(csv.DictReader(file))
+
+
+def curve(rows):
+    """What has to be the same every time."""
+    timed = "charts/SPS", "eval/success_rate"
+    return [{k: v for k, v in row.items() if k not in timed and not k.startswith("time/")} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, dict(critic="expert", mdp="two-layer", partial_reset=False, sde_solver="cps")]
+)
+def test_same_seed_same_curve(tmp_path, checkpoint, changed):
+    runs = dict(first={}, again={}, evaluated={"eval_freq": 1}, other={"seed": 2})
+    curves = {
+        name: curve(train(tmp_path / name, checkpoint, **changed | other)[2]) for name, other in runs.items()
+    }
+    assert len(curves["first"]) == 2 and curves["first"][0] != curves["first"][1]
+    assert curves["again"] == curves["first"] and curves["evaluated"] == curves["first"]
+    for key in ("losses/value_loss", "losses/policy_loss"):
+        assert curves["other"][1][key] != curves["first"][1][key]
+
+
+def test_results(tmp_path, checkpoint):
+    args, folder, rows = train(tmp_path, checkpoint, save_model=True, learning_rate=3e-3)
+    parts = folder.name.split("__")
+    assert parts[:3] == ["tabletop_press_button", "flow_sde_ppo", "1"] and parts[3].isdigit()
+    assert json.loads((folder / "args.json").read_text()) == dataclasses.asdict(args)
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG") and any(
+        folder.glob("events.*")
+    )
+    assert {f"{part}/{name}" for part in METRICS for name in METRICS[part]} <= rows[0].keys()
+    assert all(float(row["charts/episodic_length"]) > 0 for row in rows)
+    assert [int(row["iteration"]) for row in rows] == [1, 2]
+    steps = [int(row["global_step"]) for row in rows]
+    assert 0 < steps[0] <= 360 and steps[0] < steps[1] <= 720
+    assert [float(row["flow/grad_norm"]) > 0 for row in rows] == [
+        False,
+        True,
+    ]  # one iteration of critic warm-up
+
+    policy = load_policy(folder / "checkpoint")
+    before, after = load_policy(checkpoint).state_dict(), policy.state_dict()
+    changed = {key.split(".")[0] for key in before if not before[key].equal(after[key])}
+    assert "expert" in changed and not changed & {"vision_tower", "multi_modal_projector", "language_model"}
+    policy.fit_prompts(["press the button"])
+    result = evaluate(Agent(policy, args), make_envs(args.env_id, 50, 0, partial_reset=False))
+    assert float(rows[-1]["eval/success_rate"]) == result["success"].mean()
+
+
+def test_video(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(Tabletop, "max_episode_steps", 10)  # pictures take time
+    _, folder, _ = train(tmp_path, checkpoint, capture_video=True, total_timesteps=360)
+    assert [f.read_bytes()[:6] for f in folder.glob("*.gif")] == [b"GIF89a"] * 2  # before and after
+
+
+MISTAKES = {  # what: (flags, what the message has to say)
+    "unknown environment": ("--env-id tabletop_press_buton", ["tabletop_press_buton", "tabletop_press_button"]),
+    "no checkpoint": ("--checkpoint {tmp}/nowhere", ["nowhere", "does not exist"]),
+    "another architecture": ("--checkpoint {tmp}/other", ["architecture", "missing", "layers.2."]),
+    "no environments": ("--num-envs 0", ["--num-envs"]),
+    "fewer than none": ("--num-envs -4", ["--num-envs"]),
+    "no chunks": ("--num-steps 0", ["--num-steps"]),
+    "no denoise steps": ("--denoise-steps 0", ["--denoise-steps"]),
+    "CPS with nothing but its last step": ("--denoise-steps 1 --sde-solver cps", ["--denoise-steps", "cps"]),
+    "negative noise": ("--noise-level -1", ["--noise-level"]),
+    "no noise": ("--noise-level 0", ["--noise-level"]),
+    "longer than the horizon": ("--chunk-len 6", ["--chunk-len 6", "5"]),
+    "empty chunks": ("--chunk-len 0", ["--chunk-len"]),
+    "uneven minibatches": ("--num-envs 3 --num-steps 1 --num-minibatches 2", ["--num-minibatches", "3 chunks"]),
+    "no minibatches": ("--num-minibatches 0", ["--num-minibatches"]),
+    "negative micro batch": ("--micro-batch-size -1", ["--micro-batch-size"]),
+    "no epochs": ("--update-epochs 0", ["--update-epochs"]),
+    "no critic": ("--critic-layers 0", ["--critic-layers"]),
+    "no threads": ("--num-threads 0", ["--num-threads"]),
+    "never saved": ("--save-model --save-freq 0", ["--save-freq"]),
+    "too few steps": ("--num-envs 6 --total-timesteps 119", ["--total-timesteps", "120"]),
+    "a file in the way": ("--run-dir {tmp}/file", ["--run-dir", "file"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(tmp_path, checkpoint, mistake, one_line_error):
+    """One line, exit code 2, before anything is written."""
+    save_policy(load_policy(checkpoint), tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"depth": 3}))
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    flags, says = MISTAKES[mistake]
+    usual = ["--checkpoint", checkpoint, "--env-id", "tabletop_press_button", "--run-dir", f"{tmp_path}/runs"]
+    usual += "--num-envs 2 --num-steps 4 --total-timesteps 80 --critic-warmup 0 --no-save-model".split()
+    message = one_line_error(main, tyro.cli(Args, args=usual + flags.format(tmp=tmp_path).split()))
+    assert all(part in message for part in says), message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_mistake_in_a_shell(tmp_path):
+    """The whole process: nothing else on stderr, such as a traceback or a library's warning."""
+    command = [sys.executable, ROOT / "flow_sde_ppo.py", "--checkpoint", "nowhere", "--run-dir", "runs"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not done.stdout and not list(tmp_path.iterdir())
+
+
+HELP = """
+import runpy, sys
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, script
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+"""
+
+
+def test_help():
+    """Every flag and its line, without any simulator."""
+    done = subprocess.run([sys.executable, "-c", HELP, *SCRIPTS], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    *text, modules = done.stdout.splitlines()
+    assert "flow_sde_ppo.py" in SCRIPTS and sum("usage:" in line for line in text) == len(SCRIPTS)
+    for field in dataclasses.fields(Args):
+        flag = "--" + field.name.replace("_", "-")
+        assert any(re.search(rf"{flag}[ ,]", line) for line in text), flag
+    simulators = {"mujoco", "sapien", "robosuite", "libero", "mani_skill", "metaworld", "calvin_env", "gym"}
+    assert not simulators & set(modules.split())
+
+
+def test_learns(tmp_path):
+    """A real run from the shipped policy on one instruction; 200 episodes by the ODE before and after."""
+    start = str(ROOT / "checkpoints" / "tabletop-sft")
+    changed = dict(env_id="tabletop_red_plate", num_envs=128, num_steps=8, total_timesteps=14 * 5120)
+    changed |= dict(learning_rate=1e-4, update_epochs=4, save_model=True)
+    args, folder, _ = train(tmp_path, start, **changed)
+    envs, success = make_envs(args.env_id, 50, 0, partial_reset=False), []
+    for where in (start, folder / "checkpoint"):
+        policy = load_policy(where)
+        policy.fit_prompts(envs.prompts)
+        runs = [evaluate(Agent(policy, args), envs, seed=seed)["success"] for seed in range(4)]
+        success.append(np.mean(runs))
+    assert success[1] > success[0] + 0.08, success
