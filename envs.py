@@ -59,11 +59,11 @@ TASKS = {  # name: (instruction, source, destination)
     "open_drawer": ("open the drawer", HANDLE, HANDLE),
     "press_button": ("press the button", BUTTON, BUTTON),
 }
-STEP_SIZE = 0.10  # of the gripper, per step
+STEP_SIZE = 0.15  # of the gripper, per step
 FINGER_SPEED = 0.5  # fingers: 0 open, 1 closed
-GRASP_RADIUS = 0.13
-HANDLE_RADIUS = 0.15  # also the button's
-PLACE_RADIUS = 0.18
+GRASP_RADIUS = 0.16
+HANDLE_RADIUS = 0.18  # also the button's
+PLACE_RADIUS = 0.22
 HANDLE_Y = 0.70  # of the closed drawer
 DRAWER_LENGTH, DRAWER_OPEN = 0.40, 0.30
 EVAL_STATES, EVAL_SEED = 50, 20240  # fixed evaluation states per task
@@ -80,12 +80,12 @@ def sample_scenes(rng, n):
 class Tabletop(gym.vector.VectorEnv):
     """A gripper, three blocks, a plate, a bowl, a button and a drawer: ten instructions in one scene.
 
-    A step moves the gripper by 0.10 * action[:2] and the fingers by 0.5 * action[2]. Closing through 0.5
+    A step moves the gripper by 0.15 * action[:2] and the fingers by 0.5 * action[2]. Closing through 0.5
     grasps the nearest block, or the drawer's handle, or presses the button; opening through 0.5 lets go. The
     reward is 1 at the step that does what the instruction says, which ends the episode, and 0 before.
     """
 
-    max_episode_steps = 60
+    max_episode_steps = 40
 
     def __init__(self, tasks, num_envs, seed, partial_reset=True):
         self.tasks, self.num_envs, self.partial_reset = tasks, num_envs, partial_reset

@@ -77,7 +77,7 @@ class Args:
     """actions executed per chunk, at most the policy's horizon"""
     partial_reset: bool = True
     """start a new episode as soon as one ends; else idle, masked, until the next iteration resets all"""
-    total_timesteps: int = 1_500_000
+    total_timesteps: int = 1_000_000
     """environment steps (single actions, not chunks)"""
 
     # optimisation
@@ -239,12 +239,12 @@ def update(agent, optimizer, batch, args, generator, train_actor=True):
     )
     prefix = Prefix(*(field.flatten(0, 1) for field in batch.prefix))
     alive = batch.alive.flatten().nonzero().squeeze(1)
-    advantages = (advantages - advantages[alive].mean()) / (advantages[alive].std() + 1e-8)
+    advantages = (advantages - advantages[alive].mean()) / (advantages[alive].std(correction=0) + 1e-8)
     actor, critic = (group["params"] for group in optimizer.param_groups)
     clip, logs, grad_norm = args.clip_coef, [], torch.zeros(())
     for _ in range(args.update_epochs):
         order = alive[torch.randperm(len(alive), generator=generator, device=alive.device)]
-        for minibatch in order.tensor_split(args.num_minibatches):
+        for minibatch in order.tensor_split(min(args.num_minibatches, len(order))):
             optimizer.zero_grad()
             for rows in minibatch.split(args.micro_batch_size or len(minibatch)):
                 seen, advantage, target = prefix[rows], advantages[rows], returns[rows]
@@ -321,6 +321,8 @@ def main(args):
          f"{batch_size} chunks (num_envs x num_steps) are not divisible into {parts} --num-minibatches"),
         (args.chunk_len < 1 or args.update_epochs < 1, "--chunk-len and --update-epochs must be at least 1"),
         (args.critic_layers < 1, "--critic-layers must be at least 1"),
+        (args.num_threads < 1 or args.save_freq < 1, "--num-threads and --save-freq must be at least 1"),
+        (args.micro_batch_size < 0, "--micro-batch-size must not be negative; 0: a whole minibatch at once"),
         (num_iterations < 1, f"--total-timesteps is less than an iteration, {batch_size * args.chunk_len}"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:  # fmt: skip

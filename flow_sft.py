@@ -5,16 +5,18 @@ expert's action chunk, and regress the line's direction. The VLM is frozen, so e
 once and only the action expert runs in the training loop. Demonstrations are of the scripted expert, from
 initial states drawn with --seed; the fixed evaluation states come from another generator.
 
-Stage 0 (--pretrain) makes the tiny pi0's VLM, whose weights are shipped in checkpoints/tiny. It stands in
-for what PaliGemma learned from the web: to connect words with places in a picture. On random tabletop scenes
-linear read-outs predict where the instruction's source and destination are, from nothing but the cached
-values that the action expert will see, and a small head where every object is, from the picture's tokens.
-This uses the simulator's privileged positions, but no action and no reward. The heads are thrown away. It can
-get stuck, and RL on a blind VLM goes nowhere: weights are only saved if nine of ten targets are found to
-within 0.06.
+Stage 0 (--pretrain) makes the policy that SFT starts from, checkpoints/tiny. It stands in for pi0's own
+pre-training, in two parts:
+1. The VLM learns to connect words with places in a picture, as PaliGemma did from the web. On random scenes
+   small heads read where the instruction's source and destination are, from nothing but the cached values
+   that the action expert will see, and where every object is, from the picture's tokens. This uses the
+   simulator's privileged positions, no action, no reward, and the heads are thrown away. It can get stuck,
+   and RL on a blind VLM goes nowhere: weights are only saved if nine of ten targets are found within 0.06.
+2. The action expert learns how the gripper moves, from sloppy play: the scripted expert aiming beside its
+   targets and trying again, failed episodes included. What pi0 had from large robot data.
 
-    python flow_sft.py                 # SFT: tiny's VLM -> checkpoints/tabletop-sft, a minute or two
-    python flow_sft.py --pretrain      # stage 0: checkpoints/tiny, about 20 minutes
+    python flow_sft.py                 # SFT: checkpoints/tiny -> checkpoints/tabletop-sft, under a minute
+    python flow_sft.py --pretrain      # stage 0: checkpoints/tiny, about 25 minutes
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-from envs import make_envs
+from envs import make_envs, select_rows
 from pi_models import TINY, Policy, fail, load_policy, save_policy
 
 
@@ -40,22 +42,30 @@ class Args:
     """policy to start from: a folder, or "tiny" (pre-trained VLM, untrained expert)"""
     output: str = ""
     """folder to write; default checkpoints/{env_id}-sft, with --pretrain checkpoints/tiny"""
-    num_demos: int = 20
+    num_demos: int = 5
     """demonstrations per task"""
-    total_steps: int = 1500
-    """optimiser steps of SFT"""
+    total_steps: int = 300
+    """optimiser steps"""
     batch_size: int = 128
     """observations per step"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """peak of the one-cycle schedule"""
     num_threads: int = 1
     """CPU threads of torch"""
     device: str = "cpu"
     """cpu or cuda"""
     pretrain: bool = False
-    """run stage 0 instead: ground the tiny VLM on random scenes"""
-    pretrain_steps: int = 3000
-    """optimiser steps of stage 0"""
+    """run stage 0 instead: the tiny VLM, then the action expert"""
+    vlm_steps: int = 3000
+    """stage 0: optimiser steps of the VLM"""
+    play_steps: int = 2000
+    """stage 0: optimiser steps of the action expert"""
+    play_episodes: int = 40
+    """stage 0: sloppy episodes per task"""
+    sloppiness: float = 0.15
+    """stage 0: standard deviation of the aim, on a table 2 wide; blocks are 0.24 wide"""
+    pretrain_learning_rate: float = 1e-3
+    """stage 0: peak of the one-cycle schedules"""
 
 
 def flow_matching_loss(policy, prefix, actions, generator):
@@ -72,7 +82,7 @@ def flow_matching_loss(policy, prefix, actions, generator):
 def collect_demonstrations(envs, num_demos, horizon, sloppiness=0.0, rng=None):
     """`num_demos` expert episodes per task, as pairs of an observation and the next `horizon` actions.
 
-    A sloppy expert aims beside its targets by a normal error, redrawn every ten steps, and its failures count too.
+    A sloppy expert aims beside its targets by a normal error, redrawn every ten steps; failures count too.
     """
     observations, chunks, count = [], [], dict.fromkeys(range(len(envs.tasks)), 0)
     while min(count.values()) < num_demos:
@@ -97,16 +107,16 @@ def collect_demonstrations(envs, num_demos, horizon, sloppiness=0.0, rng=None):
     return {k: v if k == "prompt" else np.stack(v) for k, v in columns.items()}, np.stack(chunks)
 
 
-def finetune(policy, obs, actions, args, generator):
-    """SFT proper: the VLM's part is computed once, the expert is trained."""
+def finetune(policy, obs, actions, steps, learning_rate, batch_size, generator):
+    """Train the expert; the frozen VLM's part is computed once."""
     with torch.no_grad():
         prefix = policy.encode(policy.preprocess(obs))
     targets = policy.normalize_actions(actions)  # (M, H, action_dim)
-    optimizer = torch.optim.AdamW(policy.actor_parameters(), lr=args.learning_rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.total_steps)
-    progress = tqdm(range(args.total_steps), desc="SFT", mininterval=1)
+    optimizer = torch.optim.AdamW(policy.actor_parameters(), lr=learning_rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
+    progress = tqdm(range(steps), desc="action expert", mininterval=1)
     for _ in progress:
-        rows = torch.randint(len(targets), (args.batch_size,), generator=generator)
+        rows = torch.randint(len(targets), (batch_size,), generator=generator)
         loss = flow_matching_loss(policy, prefix[rows], targets[rows], generator)
         optimizer.zero_grad()
         loss.backward()
@@ -117,8 +127,8 @@ def finetune(policy, obs, actions, args, generator):
     return loss.item()
 
 
-def pretrain(policy, envs, args, rng):
-    """Stage 0. Returns how far (M, 2) the guesses of the last batches are from source and destination."""
+def pretrain_vlm(policy, envs, args, rng):
+    """Stage 0, part 1. Returns how far the last guesses were from source and destination (M, 2)."""
     c = policy.config
 
     widths = [c.head_dim] * (c.depth - 1) + [c.width]  # values of layers 1, 2, ... and what V_vlm reads
@@ -130,9 +140,9 @@ def pretrain(policy, envs, args, rng):
     scene_head = head(c.width, 14)  # seven objects (x, y)
     modules = [*policy.vlm_modules, goal_heads, scene_head]
     parameters = [p.requires_grad_() for module in modules for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.pretrain_steps)
-    progress, errors = tqdm(range(args.pretrain_steps), desc="VLM", mininterval=1), []
+    optimizer = torch.optim.AdamW(parameters, lr=args.pretrain_learning_rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.pretrain_learning_rate, args.vlm_steps)
+    progress, errors = tqdm(range(args.vlm_steps), desc="VLM", mininterval=1), []
     for step in progress:
         if step % 3 == 0:
             obs, _ = envs.reset()
@@ -160,48 +170,67 @@ def pretrain(policy, envs, args, rng):
     return torch.cat(errors)
 
 
+def action_statistics(obs, actions):
+    """Mean and std of the states and of the executed actions, those that a chunk begins with."""
+    columns = {"state": obs["state"], "actions": actions[:, 0]}
+    return {key: {"mean": x.mean(0).tolist(), "std": x.std(0).tolist()} for key, x in columns.items()}
+
+
+def pretrain(args):
+    """Stage 0: a policy from random weights, the VLM first, then the action expert on top of it."""
+    envs = make_envs(args.env_id, args.batch_size, args.seed)
+    unit = {key: {"mean": [0.0] * n, "std": [1.0] * n} for key, n in (("state", 4), ("actions", 3))}
+    policy = Policy(TINY, unit).to(args.device)
+    policy.fit_prompts(envs.prompts)
+    errors = pretrain_vlm(policy, envs, args, np.random.default_rng(args.seed))
+    p90, within = errors.quantile(0.9).item(), (errors < 0.1).all(dim=1).float().mean().item()
+    found = f"median error {errors.median():.3f}, p90 {p90:.3f}, both targets within 0.1 in {within:.1%}"
+    if p90 >= 0.06:
+        fail(f"the VLM is stuck ({found}); nothing saved, try another --seed or more --vlm-steps")
+    for module in policy.vlm_modules:
+        module.requires_grad_(False)
+
+    rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
+    envs = make_envs(args.env_id, 256, args.seed + 1000, partial_reset=False)
+    play = collect_demonstrations(envs, args.play_episodes, policy.config.horizon, args.sloppiness, rng)
+    rows = rng.permutation(len(play[1]))[:20000]  # bounds the memory of the cached keys and values
+    obs, actions = select_rows(play[0], rows), play[1][rows]
+    policy.stats = action_statistics(obs, actions)
+    finetune(policy, obs, actions, args.play_steps, args.pretrain_learning_rate, args.batch_size, generator)
+    card = TINY_CARD.format(args=args, found=found, pairs=len(rows))
+    save_policy(policy, args.output or "checkpoints/tiny", card)
+
+
 def main(args):
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
-    rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
     if args.pretrain:
-        envs = make_envs(args.env_id, args.batch_size, args.seed)
-        unit = {key: {"mean": [0.0] * n, "std": [1.0] * n} for key, n in (("state", 4), ("actions", 3))}
-        policy = Policy(TINY, unit).to(args.device)  # its statistics come with the demonstrations
-        policy.fit_prompts(envs.prompts)
-        errors = pretrain(policy, envs, args, rng)
-        p90, within = errors.quantile(0.9).item(), (errors < 0.1).all(dim=1).float().mean().item()
-        result = f"median error {errors.median():.3f}, p90 {p90:.3f}, both targets within 0.1 in {within:.1%}"
-        if p90 >= 0.06:
-            fail(f"stage 0 is stuck ({result}); nothing saved, try another --seed or more --pretrain-steps")
-        print(result)
-        save_policy(policy, args.output or "checkpoints/tiny", VLM_CARD.format(args=args, result=result))
-        return
+        return pretrain(args)
     envs = make_envs(args.env_id, 64, args.seed, partial_reset=False)
     policy = load_policy(args.checkpoint, args.device)
     policy.fit_prompts(envs.prompts)
     obs, actions = collect_demonstrations(envs, args.num_demos, policy.config.horizon)
-    executed = actions[:, 0]
-    policy.stats = {
-        "state": {"mean": obs["state"].mean(0).tolist(), "std": obs["state"].std(0).tolist()},
-        "actions": {"mean": executed.mean(0).tolist(), "std": executed.std(0).tolist()},
-    }
-    loss = finetune(policy, obs, actions, args, generator)
+    generator = torch.Generator().manual_seed(args.seed)
+    loss = finetune(policy, obs, actions, args.total_steps, args.learning_rate, args.batch_size, generator)
     card = SFT_CARD.format(args=args, pairs=len(actions), loss=loss)
     save_policy(policy, args.output or f"checkpoints/{args.env_id}-sft", card)
 
 
-VLM_CARD = """# tiny pi0: pre-trained VLM, untrained action expert
+TINY_CARD = """# tiny pi0, pre-trained
 
 The tabletop's pi0 at laptop size, `load_policy("tiny")`: SigLIP (4 layers, width 96, 16 patches of a 32 x 32
 picture), Gemma (4 layers, width 64, byte tokens), action expert (4 layers, width 64); 0.72 M parameters.
 
-Made by `python flow_sft.py --pretrain`: seed {args.seed}, {args.pretrain_steps} steps of
-{args.batch_size} scenes, AdamW, one-cycle {args.learning_rate}. Regression of where the instruction's source and destination are, from
-random scenes with the simulator's privileged positions, no actions and no rewards. It stands in for
-PaliGemma's pre-training. One run, no restart.
+Made by `python flow_sft.py --pretrain`, seed {args.seed}:
 
-On its last 20 batches, not seen before: {result}. The table is 2 wide.
+1. VLM: {args.vlm_steps} steps of {args.batch_size} random scenes, AdamW, one-cycle
+   {args.pretrain_learning_rate}. Regression of where the instruction's source and destination are, with the
+   simulator's privileged positions, no actions, no rewards; it stands in for PaliGemma's pre-training. On its
+   last 20 batches, not seen before: {found}. The table is 2 wide.
+2. Action expert: {args.play_steps} flow-matching steps of {args.batch_size} on {pairs} pairs (observation,
+   action chunk) of {args.play_episodes} episodes a task of sloppy play: the scripted expert aiming beside its
+   targets (normal error, standard deviation {args.sloppiness}) and trying again. It stands in for pi0's robot
+   data.
 """
 
 SFT_CARD = """# tiny pi0 after few-shot SFT on {args.env_id}
@@ -209,7 +238,9 @@ SFT_CARD = """# tiny pi0 after few-shot SFT on {args.env_id}
 Made by `python flow_sft.py` from `{args.checkpoint}`, VLM frozen: {args.num_demos} demonstrations per task
 of the scripted expert, {pairs} (observation, action chunk) pairs, initial states drawn with seed
 {args.seed}, none of them an evaluation state. {args.total_steps} steps of {args.batch_size}, AdamW, one-cycle
-{args.learning_rate}; last loss {loss:.3f}. Evaluate it with `python evaluate.py --checkpoints checkpoints/{args.env_id}-sft`.
+{args.learning_rate}; last loss {loss:.3f}.
+
+Evaluate it with `python evaluate.py --checkpoints checkpoints/{args.env_id}-sft`.
 """
 
 

@@ -233,8 +233,8 @@ class Policy(nn.Module):
             size,
             size,
         ):  # keep the aspect ratio, pad with black, as the checkpoints were trained
-            scale = size / max(images.shape[-2:])
-            h, w = (max(1, int(n * scale)) for n in images.shape[-2:])
+            longest = max(images.shape[-2:])
+            h, w = (max(1, n * size // longest) for n in images.shape[-2:])
             flat = F.interpolate(images.flatten(0, 1), (h, w), mode="bilinear", antialias=True).clamp(-1, 1)
             top, left = (size - h) // 2, (size - w) // 2
             images = F.pad(flat, (left, size - w - left, top, size - h - top), value=-1.0).unflatten(
@@ -359,7 +359,11 @@ def load_policy(path_or_name, device="cpu"):
     try:
         fields = json.loads((folder / "config.json").read_text())
         config = PiConfig(**fields)
+        for field in dataclasses.fields(config):
+            if type(getattr(config, field.name)) is not field.type:
+                raise TypeError(f"{field.name} in config.json is not of type {field.type.__name__}")
         stats = json.loads((folder / "norm_stats.json").read_text())["norm_stats"]
+        [stats[key][s] for key in ("state", "actions") for s in ("mean", "std")]
         tensors = load_file(folder / "model.safetensors")
     except (TypeError, KeyError, ValueError, SafetensorError) as error:
         fail(f"checkpoint '{path_or_name}' cannot be read: {str(error).splitlines()[0]}")

@@ -1,7 +1,7 @@
 """pi0 against openpi's own reference tensors, the cached pass against a joint one, and checkpoint files.
 
-As in test_math.py, a `check_*` is also run on broken models, which it must reject: `MUTANTS` patch one decision of
-pi_models.py each, and `CAUGHT` says which check sees which.
+As in test_math.py, a `check_*` is also run on broken models, which it must reject: each of `MUTANTS` patches
+one decision of pi_models.py, and `CAUGHT` says which check sees which.
 """
 
 import json
@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import STATS, encode, make_policy, observe, wrapped
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbedding, apply_rotary_pos_emb
+from transformers.models.gemma.modeling_gemma import (
+    GemmaTextScaledWordEmbedding,
+    apply_rotary_pos_emb,
+)
 
 import pi_models
+from conftest import STATS, encode, make_policy, observe, wrapped
 from pi_models import TINY, PiConfig, Policy, load_policy, save_policy
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,8 +38,9 @@ def openpi():
     policy = Policy(PiConfig(
         image_size=vision["image_size"], patch_size=vision["patch_size"], vision_width=vision["hidden_size"],
         vision_mlp=vision["intermediate_size"], vision_depth=vision["num_hidden_layers"],
-        vision_heads=vision["num_attention_heads"], width=text["width"], mlp=text["mlp_dim"], depth=text["depth"],
-        heads=text["num_heads"], head_dim=text["head_dim"], vocab_size=sizes["vocab_size"],
+        vision_heads=vision["num_attention_heads"], width=text["width"], mlp=text["mlp_dim"],
+        depth=text["depth"], heads=text["num_heads"], head_dim=text["head_dim"],
+        vocab_size=sizes["vocab_size"],
         expert_width=expert["width"], expert_mlp=expert["mlp_dim"], horizon=sizes["action_horizon"],
         max_token_len=sizes["max_token_len"],
     ), STATS).eval()  # fmt: skip
@@ -149,7 +153,7 @@ def joint_velocity(policy, inputs, x, tau):
 
 
 def two_cameras(policy, n=4):
-    """Observations with a second camera that half of them lack, prompts of different length, random x and tau."""
+    """Observations with a second camera that half of them lack, prompts of different length; x and tau."""
     inputs = policy.preprocess(observe(n))
     generator = torch.Generator().manual_seed(1)
     inputs["images"] = torch.cat([inputs["images"], inputs["images"].flip(0)], dim=1)
@@ -520,7 +524,7 @@ DAMAGE = {  # what is wrong: (how, what the message has to say)
     "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), ["cannot be read"]),
     "deeper": (edit("config.json", lambda c: c | {"depth": 3}), ["missing", "layers.2.", "more"]),
     "shallower": (edit("config.json", lambda c: c | {"depth": 1}), ["unexpected", "layers.1."]),
-    "wider": (edit("config.json", lambda c: c | {"action_dim": 7}), ["action_in_proj.weight is (64, 4) instead"]),
+    "wider": (edit("config.json", lambda c: c | {"action_dim": 7}), ["action_in_proj.weight is (64, 4)"]),
     "another key": (rename_a_key, ["missing state_proj.bias", "unexpected a_stranger"]),
     "another critic": (edit("config.json", lambda c: c | {"critic": "vlm"}), ["missing value_head"]),
     "not JSON": (lambda folder: (folder / "config.json").write_text("width: 64\n"), ["cannot be read"]),

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
-from conftest import make_policy
 
+from conftest import make_policy
 from envs import Tabletop, make_envs
 from flow_sde_ppo import Agent, Args, evaluate, main
 from pi_models import load_policy, save_policy
@@ -101,7 +101,7 @@ def test_video(tmp_path, checkpoint, monkeypatch):
 
 
 MISTAKES = {  # what: (flags, what the message has to say)
-    "unknown environment": ("--env-id tabletop_press_buton", ["tabletop_press_buton", "tabletop_press_button"]),
+    "unknown environment": ("--env-id tabletop_open_drawr", ["tabletop_open_drawr", "tabletop_open_drawer"]),
     "no checkpoint": ("--checkpoint {tmp}/nowhere", ["nowhere", "does not exist"]),
     "another architecture": ("--checkpoint {tmp}/other", ["architecture", "missing", "layers.2."]),
     "no environments": ("--num-envs 0", ["--num-envs"]),
@@ -113,7 +113,7 @@ MISTAKES = {  # what: (flags, what the message has to say)
     "no noise": ("--noise-level 0", ["--noise-level"]),
     "longer than the horizon": ("--chunk-len 6", ["--chunk-len 6", "5"]),
     "empty chunks": ("--chunk-len 0", ["--chunk-len"]),
-    "uneven minibatches": ("--num-envs 3 --num-steps 1 --num-minibatches 2", ["--num-minibatches", "3 chunks"]),
+    "uneven minibatches": ("--num-envs 3 --num-steps 1 --num-minibatches 2", ["--num-minibatches", "3 "]),
     "no minibatches": ("--num-minibatches 0", ["--num-minibatches"]),
     "negative micro batch": ("--micro-batch-size -1", ["--micro-batch-size"]),
     "no epochs": ("--update-epochs 0", ["--update-epochs"]),
