@@ -7,8 +7,8 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 help:
 	@echo "make demo    Flow-SDE PPO from the shipped SFT policy, then both policies evaluated: table, curve, GIF"
 	@echo "make test    all tests"
-	@echo "make sft     makes checkpoints/tabletop-sft again: SFT on 3 demonstrations per task"
-	@echo "make vlm     makes checkpoints/tiny again: pre-training of the tiny VLM"
+	@echo "make sft     makes checkpoints/tabletop-sft again: SFT on 5 demonstrations per task"
+	@echo "make vlm     makes checkpoints/tiny again: pre-training of the tiny pi0, 25 minutes"
 	@echo "make .venv   only installs requirements.txt into .venv"
 	@echo "PYTHON=...   the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))"
 

@@ -39,7 +39,7 @@ class Args:
     env_id: str = "tabletop"
     """where the scripted expert demonstrates"""
     checkpoint: str = "tiny"
-    """policy to start from: a folder, or "tiny" (pre-trained VLM, untrained expert)"""
+    """policy to start from: a folder, or "tiny", the pre-trained one"""
     output: str = ""
     """folder to write; default checkpoints/{env_id}-sft, with --pretrain checkpoints/tiny"""
     num_demos: int = 5

@@ -152,12 +152,8 @@ class Policy(nn.Module):
     """pi0. The VLM is frozen, the expert and its projections are trained."""
 
     def __init__(self, config, stats=None):
-        from transformers import (
-            GemmaConfig,
-            GemmaModel,
-            SiglipVisionConfig,
-            SiglipVisionModel,
-        )  # slow to import
+        # here, not at the top: importing them takes seconds, which --help should not
+        from transformers import GemmaConfig, GemmaModel, SiglipVisionConfig, SiglipVisionModel
 
         super().__init__()
         c = self.config = config
@@ -228,52 +224,40 @@ class Policy(nn.Module):
         """{"images" (B, cams, H, W, 3) uint8, "state" (B, S), "prompt" [B]} -> normalised tensors."""
         images = torch.from_numpy(np.ascontiguousarray(obs["images"])).to(self.device)
         images = images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (B, cams, 3, H, W)
-        size = self.config.image_size
-        if images.shape[-2:] != (
-            size,
-            size,
-        ):  # keep the aspect ratio, pad with black, as the checkpoints were trained
-            longest = max(images.shape[-2:])
+        size, longest = self.config.image_size, max(images.shape[-2:])
+        if images.shape[-2:] != (size, size):  # keep the aspect ratio and pad with black, as in openpi
             h, w = (max(1, n * size // longest) for n in images.shape[-2:])
             flat = F.interpolate(images.flatten(0, 1), (h, w), mode="bilinear", antialias=True).clamp(-1, 1)
             top, left = (size - h) // 2, (size - w) // 2
-            images = F.pad(flat, (left, size - w - left, top, size - h - top), value=-1.0).unflatten(
-                0, images.shape[:2]
-            )
-        state = self._normalize(
-            torch.as_tensor(obs["state"], dtype=torch.float32, device=self.device), "state"
-        )
-        tokens = torch.stack([self._padded_tokens(p) for p in obs["prompt"]]).to(
-            self.device
-        )  # (B, token_len), pad -1
+            padded = F.pad(flat, (left, size - w - left, top, size - h - top), value=-1.0)
+            images = padded.unflatten(0, images.shape[:2])
+        state = torch.as_tensor(obs["state"], dtype=torch.float32, device=self.device)
+        state = F.pad(self._normalize(state, "state"), (0, self.config.state_dim - state.shape[1]))
+        tokens = torch.stack([self._padded_tokens(p) for p in obs["prompt"]]).to(self.device)
         return {
             "images": images,
             "image_mask": torch.ones(images.shape[:2], dtype=torch.bool, device=self.device),
             "tokens": tokens.clamp(min=0),
             "token_mask": tokens >= 0,
-            "state": F.pad(state, (0, self.config.state_dim - state.shape[1])),
+            "state": state,
         }
 
     def _padded_tokens(self, prompt):
-        if (prompt, self.token_len) not in self._tokens:
+        key = prompt, self.token_len
+        if key not in self._tokens:
             tokens = self.tokenize(prompt)[: self.token_len]
-            self._tokens[prompt, self.token_len] = torch.tensor(
-                tokens + [-1] * (self.token_len - len(tokens))
-            )
-        return self._tokens[prompt, self.token_len]
+            self._tokens[key] = torch.tensor(tokens + [-1] * (self.token_len - len(tokens)))  # -1: padding
+        return self._tokens[key]
 
     def _normalize(self, x, key):
-        mean, std = (
-            torch.as_tensor(self.stats[key][s], dtype=x.dtype, device=x.device) for s in ("mean", "std")
-        )
+        mean, std = (x.new_tensor(self.stats[key][s]) for s in ("mean", "std"))
         return (x - mean) / (std + 1e-6)
 
     def normalize_actions(self, actions):
         """Simulator actions (B, H, D) -> the expert's padded space (B, H, action_dim), the target of SFT."""
-        actions = self._normalize(
-            torch.as_tensor(actions, dtype=torch.float32, device=self.device), "actions"
-        )
-        return F.pad(actions, (0, self.config.action_dim - actions.shape[-1]))
+        actions = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
+        padding = self.config.action_dim - actions.shape[-1]
+        return F.pad(self._normalize(actions, "actions"), (0, padding))
 
     def postprocess(self, x, obs):
         """Model actions (B, H, action_dim) -> simulator actions (B, H, env_action_dim), NumPy."""
@@ -284,41 +268,29 @@ class Policy(nn.Module):
 
     def embed_images(self, images):
         """(B, cams, 3, size, size) -> (B, cams * patches, width)."""
-        patches = self.vision_tower(
-            images.flatten(0, 1)
-        ).last_hidden_state  # (B * cams, patches, vision_width)
+        patches = self.vision_tower(images.flatten(0, 1)).last_hidden_state  # (B * cams, ...)
         return self.multi_modal_projector(patches).unflatten(0, images.shape[:2]).flatten(1, 2)
 
     def encode(self, inputs):
         """Vision and language, once per observation."""
         images, image_mask = inputs["images"], inputs["image_mask"]
         patches = self.embed_images(images)
-        words = self.language_model.embed_tokens(
-            inputs["tokens"]
-        )  # scaled by sqrt(width) inside; the patches are not
+        words = self.language_model.embed_tokens(inputs["tokens"])  # times sqrt(width); patches are not
         x = torch.cat([patches, words], dim=1)  # (B, S, width)
-        patches_per_image = patches.shape[1] // images.shape[1]
-        mask = torch.cat(
-            [image_mask.repeat_interleave(patches_per_image, dim=1), inputs["token_mask"]], dim=1
-        )  # (B, S)
+        image_mask = image_mask.repeat_interleave(patches.shape[1] // images.shape[1], dim=1)
+        mask = torch.cat([image_mask, inputs["token_mask"]], dim=1)  # (B, S)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden, kv = gemma(
-            self.language_model, x, positions, mask[:, None]
-        )  # bidirectional: only padding is hidden
+        hidden, kv = gemma(self.language_model, x, positions, mask[:, None])  # only padding is hidden
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return Prefix(kv, mask, pooled, inputs["state"])
 
     def velocity(self, prefix, x, tau):
         """Velocity and the expert's output features, (B, H, ...), at x (B, H, action_dim) and tau (B,)."""
         B, H, _ = x.shape
-        time = time_embedding(1 - tau.double(), self.config.expert_width).to(
-            x.dtype
-        )  # the checkpoints' clock
+        time = time_embedding(1 - tau.double(), self.config.expert_width).to(x.dtype)  # their clock
         tokens = torch.cat([self.action_in_proj(x), time[:, None].expand(-1, H, -1)], dim=-1)
         tokens = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(tokens)))
-        suffix = torch.cat(
-            [self.state_proj(prefix.state)[:, None], tokens], dim=1
-        )  # (B, 1 + H, expert_width)
+        suffix = torch.cat([self.state_proj(prefix.state)[:, None], tokens], dim=1)  # (B, 1 + H, width)
         positions = prefix.mask.sum(1, keepdim=True) + torch.arange(1 + H, device=x.device)
         block = torch.ones(B, 1 + H, 1 + H, dtype=torch.bool, device=x.device)
         block[:, 0, 1:] = False  # the state does not see the actions
@@ -345,7 +317,7 @@ def openpi_key(key):
 
 
 def load_policy(path_or_name, device="cpu"):
-    """A folder written by `save_policy`, or "tiny": the laptop's pi0, VLM pre-trained, expert not."""
+    """A folder written by `save_policy`, or "tiny": the laptop's pi0, pre-trained but not fine-tuned."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -353,9 +325,8 @@ def load_policy(path_or_name, device="cpu"):
     for name in ("model.safetensors", "config.json", "norm_stats.json"):
         if not (folder / name).is_file():
             missing = "has no " + name if folder.is_dir() else "does not exist"
-            fail(
-                f"checkpoint '{path_or_name}' {missing}; needed: model.safetensors, config.json, norm_stats.json"
-            )
+            needed = "model.safetensors, config.json, norm_stats.json"
+            fail(f"checkpoint '{path_or_name}' {missing}; needed: {needed}")
     try:
         fields = json.loads((folder / "config.json").read_text())
         config = PiConfig(**fields)
@@ -379,9 +350,7 @@ def load_policy(path_or_name, device="cpu"):
     ]  # fmt: skip
     if problems:
         listed = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        fail(
-            f"checkpoint '{path_or_name}' is of another architecture than its config.json: {listed}"
-        )
+        fail(f"checkpoint '{path_or_name}' is of another architecture than its config.json: {listed}")
     policy.load_state_dict({wanted[key]: tensor for key, tensor in tensors.items() if key in wanted})
     return policy.to(device).eval()
 
@@ -392,9 +361,7 @@ def save_policy(policy, folder, card=""):
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        openpi_key(key): tensor.detach().cpu().contiguous() for key, tensor in policy.state_dict().items()
-    }
+    tensors = {openpi_key(key): value.cpu().contiguous() for key, value in policy.state_dict().items()}
     files = {
         "README.md": card.encode(),
         "config.json": json.dumps(dataclasses.asdict(policy.config), indent=1).encode(),
