@@ -19,8 +19,9 @@ from torch.distributions import Independent, Normal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
-from flow_sde_ppo import log_prob, transition  # noqa: E402
 from marginals import from_mixture, log_density, mixture_velocity, sample, sliced_w1  # noqa: E402
+
+from flow_sde_ppo import log_prob, transition  # noqa: E402
 
 torch.set_num_threads(1)  # tensors of a few numbers: a second thread only waits for the first
 MEAN, STD = 0.7, 0.3

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import STATS, encode, make_policy, observe, wrapped
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.gemma.modeling_gemma import (
@@ -21,7 +22,6 @@ from transformers.models.gemma.modeling_gemma import (
 )
 
 import pi_models
-from conftest import STATS, encode, make_policy, observe, wrapped
 from pi_models import TINY, PiConfig, Policy, load_policy, save_policy
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import encode, make_policy, wrapped
 from torch.distributions import Independent, Normal
 
 import flow_sde_ppo
-from conftest import encode, make_policy, wrapped
 from flow_sde_ppo import Agent, Args, compute_advantages, transition, update
 from pi_models import TINY, Prefix
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
-
 from conftest import make_policy
+
 from envs import Tabletop, make_envs
 from flow_sde_ppo import Agent, Args, evaluate, main
 from pi_models import load_policy, save_policy
