@@ -77,7 +77,7 @@ class Args:
     """actions executed per chunk, at most the policy's horizon"""
     partial_reset: bool = True
     """start a new episode as soon as one ends; else idle, masked, until the next iteration resets all"""
-    total_timesteps: int = 1_000_000
+    total_timesteps: int = 820_000
     """environment steps (single actions, not chunks)"""
 
     # optimisation
