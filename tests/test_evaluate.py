@@ -111,7 +111,7 @@ def test_expert_is_compared_on_the_same_states(few_states):
     envs = make_envs("tabletop", 30, 0, partial_reset=False)  # two rounds
     expert = play_expert(make_envs("tabletop", 60, 0, partial_reset=False))
     left = (envs.eval_scenes[1] <= 0).reshape(10, 6)
-    assert expert.shape == (10, 6) and expert.min() > 1 and expert.max() < 60 and 0.2 < left.mean() < 0.8
+    assert expert.shape == (10, 6) and expert.min() > 1 and expert.max() < 40 and 0.2 < left.mean() < 0.8
     result = summarize([script.evaluate(Expert(envs), envs)], expert, envs.tasks)
     assert [result["tasks"][task]["successes"] for task in envs.tasks] == left.sum(axis=1).tolist()
     assert result["length"] == result["expert_length"] == pytest.approx(expert[left].mean())
@@ -123,7 +123,7 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
 
     def invented(agent, envs, deterministic=True, seed=0, record=0):
         task = np.tile(np.arange(10), 6)
-        result = {"success": rng.random(60) < 0.3 + 0.05 * task, "length": rng.integers(5, 60, 60)}
+        result = {"success": rng.random(60) < 0.3 + 0.05 * task, "length": rng.integers(5, 40, 60)}
         played.setdefault((agent.policy, deterministic), {})[seed] = result
         return result | {"task": task}
 
@@ -153,18 +153,18 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
             assert table[task][column] == f"{wins / 12:.1%} ({wins}/12)"
             assert result["tasks"][task] == {"success_rate": wins / 12, "successes": wins, "episodes": 12}
             assert table[task][0] == f"{expert[i].mean():.1f}"
-    assert "Protocol: tabletop, 60 fixed states, at most 60 steps, chunks of 5, K = 4, det" in out
+    assert "Protocol: tabletop, 60 fixed states, at most 40 steps, chunks of 5, K = 4, det" in out
     assert "SDE (euler, noise 1.0), evaluation seed 3, 4, torch " + torch.__version__ in out
-    protocol = {"env_id": "tabletop", "num_states": 60, "max_episode_steps": 60, "seeds": [3, 4]}
+    protocol = {"env_id": "tabletop", "num_states": 60, "max_episode_steps": 40, "seeds": [3, 4]}
     assert protocol.items() <= report["protocol"].items()
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
 
 
 def test_without_a_success_there_is_no_length():
-    never = {"success": np.zeros(4, bool), "length": np.full(4, 60), "task": np.array([0, 1, 0, 1])}
+    never = {"success": np.zeros(4, bool), "length": np.full(4, 40), "task": np.array([0, 1, 0, 1])}
     result = {"name": "never"} | summarize([never], np.full((2, 2), 9), ["a", "b"])
     assert result["length"] is None and result["expert_length"] is None and result["interval"][0] == 0
-    protocol = {"env_id": "x", "num_states": 4, "max_episode_steps": 60, "stochastic": False, "torch": "0"}
+    protocol = {"env_id": "x", "num_states": 4, "max_episode_steps": 40, "stochastic": False, "torch": "0"}
     protocol |= {"chunk_len": 5, "denoise_steps": 4, "seeds": [0]}
     report = {"protocol": protocol, "expert_length": {"a": 9.0, "b": 9.0}, "results": [result]}
     assert cells(markdown(report))["length of successes"] == ["", "-"]
