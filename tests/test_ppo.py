@@ -460,7 +460,7 @@ def expected_losses(agent, batch, clip=0.2):
     live = [(t, n) for t in range(3) for n in range(8) if batch.alive[t, n]]
     seen = torch.stack([batch.advantages[t, n] for t, n in live])
     mean = seen.sum() / seen.numel()
-    std = math.sqrt(((seen - mean) ** 2).sum() / (seen.numel() - 1))
+    std = math.sqrt(((seen - mean) ** 2).sum() / seen.numel())
     for t in range(3):
         chain, prefix = batch.chain[t], Prefix(*(field[t] for field in batch.prefix))
         velocity, values = velocities(agent, prefix, chain, K), agent.value(prefix, chain)
@@ -562,7 +562,7 @@ def test_losses_by_hand():
         agent.policy.new_value_head("vlm", 2)  # V = 0
         return agent
 
-    agent, a = worthless(), math.sqrt(0.75)
+    agent, a = worthless(), 1.0
     batch = rollout(agent, T=1, N=4)
     batch.alive[:] = True
     batch.advantages = torch.tensor([a, -a, a, -a]).view(1, 4, 1)
