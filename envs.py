@@ -251,7 +251,7 @@ class Tabletop(gym.vector.VectorEnv):
         return np.concatenate([start, end], axis=1).astype(np.float32)
 
     def expert_action(self, aim_error=0):
-        """The scripted expert: actions (N, 3) from the privileged state; aim_error (N, 4) shifts its targets."""
+        """The scripted expert: actions (N, 3) from the privileged state; aim_error (N, 4) moves its aim."""
         source, carrying = self.goals[self.task, 0], self.held == self.goals[self.task, 0]
         targets = self.targets() + aim_error
         offset = np.where(carrying[:, None], targets[:, 2:], targets[:, :2]) - self.gripper
