@@ -27,16 +27,21 @@ def fail(message):
     raise SystemExit(2)
 
 
-def make_envs(env_id, num_envs, seed, partial_reset=True):
-    """`partial_reset`: an environment whose episode ended starts a new one instead of waiting for reset()."""
+def make_envs(env_id, num_envs, seed, partial_reset=True, group_size=1):
+    """`partial_reset`: an environment whose episode ended starts a new one instead of waiting for reset().
+
+    `group_size`: at a reset, so many neighbours start from the same state and task. Not by a partial reset.
+    """
     known = ["tabletop"] + [f"tabletop_{task}" for task in TASKS]
     if env_id not in known:
         nearest = difflib.get_close_matches(env_id, known) or known
         fail(f"unknown env_id {env_id!r}; did you mean one of: {', '.join(nearest)}?")
     if num_envs < 1:
         fail(f"num_envs must be at least 1, got {num_envs}")
+    if group_size < 1 or num_envs % group_size:
+        fail(f"group_size {group_size} does not divide num_envs {num_envs}")
     tasks = list(TASKS) if env_id == "tabletop" else [env_id.removeprefix("tabletop_")]
-    return Tabletop(tasks, num_envs, seed, partial_reset)
+    return Tabletop(tasks, num_envs, seed, partial_reset, group_size)
 
 
 def select_rows(obs, rows):
@@ -87,8 +92,9 @@ class Tabletop(gym.vector.VectorEnv):
 
     max_episode_steps = 40
 
-    def __init__(self, tasks, num_envs, seed, partial_reset=True):
+    def __init__(self, tasks, num_envs, seed, partial_reset=True, group_size=1):
         self.tasks, self.num_envs, self.partial_reset = tasks, num_envs, partial_reset
+        self.group_size = group_size
         self.prompts = [TASKS[task][0] for task in tasks]
         self.goals = np.array([TASKS[task][1:] for task in tasks])  # (tasks, 2): source, destination
         mode = AutoresetMode.SAME_STEP if partial_reset else AutoresetMode.DISABLED
@@ -122,11 +128,9 @@ class Tabletop(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         options = dict(options or {})
-        eval_states, group_size = options.pop("eval_states", None), options.pop("group_size", 1)
+        eval_states = options.pop("eval_states", None)
         if options:
-            raise ValueError(f"reset options: expected eval_states or group_size, got {', '.join(options)}")
-        if group_size < 1 or self.num_envs % group_size:
-            fail(f"group_size {group_size} does not divide num_envs {self.num_envs}")
+            raise ValueError(f"reset options: expected eval_states, got {', '.join(options)}")
         if seed is not None:
             self.rng = np.random.default_rng(seed)
         if eval_states is not None:
@@ -136,9 +140,9 @@ class Tabletop(gym.vector.VectorEnv):
                 raise ValueError(f"eval_states: expected {expected}, got {eval_states}")
             task, scenes = index // EVAL_STATES, [part[index] for part in self.eval_scenes]
         else:
-            groups = self.num_envs // group_size
-            task = self.rng.integers(len(self.tasks), size=groups).repeat(group_size)
-            scenes = [part.repeat(group_size, axis=0) for part in sample_scenes(self.rng, groups)]
+            groups = self.num_envs // self.group_size
+            task = self.rng.integers(len(self.tasks), size=groups).repeat(self.group_size)
+            scenes = [part.repeat(self.group_size, axis=0) for part in sample_scenes(self.rng, groups)]
         self._begin(np.arange(self.num_envs), task, scenes)
         self.started = True
         return self._observe(), {}

@@ -1,11 +1,12 @@
 """Evaluation of checkpoints on the environment's fixed states: a table per task, the protocol, and a video.
 
 A policy is evaluated by the ODE (Eq. 6): a chunk starts from seeded noise A^0 and nothing else is random.
-With `--stochastic` the same states are also played by the SDE that PPO explores with; the difference is the
-train-eval gap of the paper's Table 6. Every state is one episode, and success at any step of it is success.
+With `--stochastic` the same states are also played with the noise that RL explores with; the difference is
+the train-eval gap of the paper's Table 6. Every state is one episode; success at any step of it is success.
 
     python evaluate.py                                                     # checkpoints/tabletop-sft
     python evaluate.py --checkpoints checkpoints/tabletop-sft runs/.../checkpoint --capture-video demo.gif
+    python evaluate.py --checkpoints runs/.../checkpoint --stochastic --noise learned --mdp two-layer
 """
 
 import json
@@ -36,7 +37,7 @@ class Args:
     seeds: tuple[int, ...] = (0,)
     """seeds of the evaluation's noise, whose episodes are pooled; training evaluates with seed 0"""
     stochastic: bool = False
-    """play every state by the SDE as well, as the rollouts of training do"""
+    """play every state with noise as well, as the rollouts of training do"""
     json: str = ""
     """file for all the numbers"""
     capture_video: str = ""
@@ -49,8 +50,10 @@ class Args:
     """actions executed per chunk, at most the policy's horizon"""
     denoise_steps: int = flow_sde_ppo.Args.denoise_steps
     """K, integration steps from noise to action"""
+    noise: Literal["sde", "learned"] = flow_sde_ppo.Args.noise
+    """the SDE's, or that of the checkpoint's noise head (this one and the next three are for --stochastic)"""
     noise_level: float = flow_sde_ppo.Args.noise_level
-    """a, the scale of the SDE's noise (this one and the next two are for --stochastic)"""
+    """a, the scale of the SDE's noise"""
     sde_solver: Literal["euler", "cps"] = flow_sde_ppo.Args.sde_solver
     """Euler-Maruyama (Eq. 9) or Flow-CPS"""
     mdp: Literal["hybrid", "two-layer"] = flow_sde_ppo.Args.mdp
@@ -103,11 +106,14 @@ def markdown(report):
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     table = "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
-    sde = f" and {p['mdp']} SDE ({p['sde_solver']}, noise {p['noise_level']})" if p["stochastic"] else ""
+    noise = ""
+    if p["stochastic"]:
+        level = f"{p['sde_solver']}, level {p['noise_level']}" if p["noise"] == "sde" else "learned noise"
+        noise = f" and with noise ({p['mdp']}, {level})"
     return (
         f"{table}\n\nProtocol: {p['env_id']}, {p['num_states']} fixed states, "
         f"at most {p['max_episode_steps']} steps, chunks of {p['chunk_len']}, K = {p['denoise_steps']}, "
-        f"deterministic ODE{sde}, evaluation seed {', '.join(map(str, p['seeds']))}, torch {p['torch']}."
+        f"deterministic ODE{noise}, evaluation seed {', '.join(map(str, p['seeds']))}, torch {p['torch']}."
     )
 
 
@@ -166,6 +172,8 @@ def main(args):
             fail(f"--chunk-len {args.chunk_len}: the horizon of {checkpoint} is {policy.config.horizon}")
         if envs.single_action_space.shape != (policy.env_action_dim,):
             fail(f"{checkpoint} has actions of {policy.env_action_dim} numbers, {args.env_id} has others")
+        if args.stochastic and args.noise == "learned" and policy.noise_head is None:
+            fail(f"--noise learned: {checkpoint} has no noise head, it was not trained with learned noise")
         policy.fit_prompts(envs.prompts)
     for path in filter(None, (args.json, gif)):
         try:
@@ -184,7 +192,8 @@ def main(args):
     for label, checkpoint, policy in zip(args.labels or names, args.checkpoints, policies):
         agent = Agent(policy, args)
         for ode in (True, False)[: 1 + args.stochastic]:
-            name = f"{label}, {'ODE' if ode else 'SDE'}" if args.stochastic else label
+            kind = "ODE" if ode else "SDE" if args.noise == "sde" else "learned noise"
+            name = f"{label}, {kind}" if args.stochastic else label
             print(f"evaluating {name}: {num_states} episodes, seeds {args.seeds}", flush=True)
             record = shown[-1] + 1 if gif and ode else 0
             runs = [evaluate(agent, envs, ode, seed, 0 if i else record) for i, seed in enumerate(args.seeds)]

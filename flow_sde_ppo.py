@@ -9,14 +9,13 @@ deterministic, and PPO needs a stochastic policy with a known log-probability. S
 
 From there on it is PPO, with an action chunk as one macro step (Eqs. 13-15).
 
-Departures from the paper (docs/flow_sde_ppo.md explains each):
+Departures from the paper, explained in docs/:
 1. Eqs. 7-9 are printed in another clock than the paper's own; `transition` is what they must be.
 2. V_vlm also reads the proprioception, which pi0's VLM is not given. It is the default, V_expert the paper's.
 3. The time limit is not a terminal state: the value of the final observation is bootstrapped.
 4. The critic is clipped separately and sends no gradient into the policy.
 
-    python flow_sde_ppo.py                                       # the tabletop on a laptop's CPU, minutes
-    python flow_sde_ppo.py --device cuda --num-envs 1024         # one GPU
+    python flow_sde_ppo.py    # on a laptop's CPU, minutes; on one GPU: --device cuda --num-envs 1024
 """
 
 import csv
@@ -77,8 +76,8 @@ class Args:
     """actions executed per chunk, at most the policy's horizon"""
     partial_reset: bool = True
     """start a new episode as soon as one ends; else idle, masked, until the next iteration resets all"""
-    total_timesteps: int = 820_000
-    """environment steps (single actions, not chunks)"""
+    total_timesteps: int = 800_000
+    """environment steps (single actions, not chunks); the iteration that reaches them is the last"""
 
     # optimisation
     learning_rate: float = 3e-4
@@ -97,16 +96,14 @@ class Args:
     """passes over the batch"""
     num_minibatches: int = 2
     """optimiser steps per pass"""
-    micro_batch_size: int = 0
+    micro_batch_size: int = 256
     """chunks per forward and backward pass, accumulated over a minibatch; 0: the whole minibatch at once"""
     clip_coef: float = 0.2
-    """clipping of the ratio, and of the value's change"""
+    """clipping of the ratio; with a critic, of the value's change too"""
     clip_vloss: bool = True
     """clip the value loss"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
     max_grad_norm: float = 0.5
-    """gradient norm limit, of actor and critic each"""
+    """gradient norm limit; actor and critic each have it"""
     target_kl: float | None = None
     """end an update early when its approximate KL divergence is above this"""
     critic: Literal["vlm", "expert"] = "vlm"
@@ -117,8 +114,14 @@ class Args:
     # this algorithm
     denoise_steps: int = 4
     """K, integration steps from noise to action"""
+    noise: Literal["sde", "learned"] = "sde"
+    """of a denoise step: that of the SDE (Eq. 9) or as a noise head has learned it (Eq. 4)"""
     noise_level: float = 1.0
     """a, the scale of the SDE's noise (Eq. 9)"""
+    noise_std_min: float = 0.2
+    """least standard deviation of the learned noise"""
+    noise_std_max: float = 0.6
+    """greatest standard deviation of the learned noise"""
     sde_solver: Literal["euler", "cps"] = "euler"
     """Euler-Maruyama (Eq. 9) or Flow-CPS"""
     mdp: Literal["hybrid", "two-layer"] = "hybrid"
@@ -133,16 +136,15 @@ def transition(x, velocity, tau, delta, noise_level, solver="euler"):
     """
     tau = tau[:, None, None]  # (B, 1, 1)
     noise_hat = x - tau * velocity  # the noise that x seems to come from: score = -noise_hat / (1 - tau)
+    # Euler-Maruyama. At tau = 0 sigma would be infinite: there the denominator is delta
+    sigma = noise_level * torch.sqrt((1 - tau) / tau.clamp(min=delta))
+    mu = x + (velocity - sigma**2 / (2 * (1 - tau)) * noise_hat) * delta  # Eq. 9
+    std = sigma * math.sqrt(delta)
     if solver == "cps":
         # Flow-CPS: action and noise in the proportions of tau + delta, but part of the noise is new
         action_hat, angle = x + (1 - tau) * velocity, noise_level * math.pi / 2
         mu = (tau + delta) * action_hat + (1 - tau - delta) * math.cos(angle) * noise_hat
         std = (1 - tau - delta) * math.sin(angle)
-    else:
-        # Euler-Maruyama. At tau = 0 sigma would be infinite: there the denominator is delta
-        sigma = noise_level * torch.sqrt((1 - tau) / tau.clamp(min=delta))
-        mu = x + (velocity - sigma**2 / (2 * (1 - tau)) * noise_hat) * delta  # Eq. 9
-        std = sigma * math.sqrt(delta)
     return mu, std  # (B, H, D), (B, 1, 1)
 
 
@@ -153,31 +155,36 @@ def log_prob(x_next, mu, std, chunk_len, action_dim):
 
 
 class Agent:
-    """The policy as PPO sees it: sample a chunk, rate how probable a stored one is now, value a state."""
+    """The policy as RL sees it: random, and able to say how probable a stored chunk is under its weights."""
 
     def __init__(self, policy, args):
-        self.policy, self.K, self.delta = policy, args.denoise_steps, 1 / args.denoise_steps
+        self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
+        self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.solver, self.hybrid = args.noise_level, args.sde_solver, args.mdp == "hybrid"
-        self.chunk_len, self.action_dim = args.chunk_len, policy.env_action_dim
-        self.noisy_steps = self.K - (self.solver == "cps")  # the last step of Flow-CPS has no noise
-        self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
+        self.noisy_steps = self.K - (self.solver == "cps" and self.noise == "sde")  # the last of CPS has none
+        self.num_stochastic = self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
+
+    def step(self, prefix, x, tau):
+        """The velocity at x, and mean and std of the Gaussian that the next x is drawn from."""
+        velocity, features = self.policy.velocity(prefix, x, tau)
+        if self.noise == "learned":  # the paper's Fig. 7: the noise of flow_noise_ppo.py (Eq. 4)
+            return velocity, x + velocity * self.delta, self.policy.noise_head(features)
+        return velocity, *transition(x, velocity, tau, self.delta, self.noise_level, self.solver)
 
     @torch.no_grad()
     def act(self, prefix, generator, deterministic=False):
-        """Denoise from A^0 ~ N(0, I): chain (B, K+1, H, D), decisions (B, S) and their log-prob (B, S)."""
+        """Denoise from A^0 ~ N(0, I): chain (B, K+1, H, D), its random steps, log-prob of the decisions."""
         B, device, c = len(prefix.mask), prefix.mask.device, self.policy.config
-        if self.hybrid:  # one denoise step, drawn for each environment and chunk, is the decision
+        denoise_idx = torch.arange(self.noisy_steps, device=device).expand(B, -1)  # every step
+        if self.hybrid:  # one step, drawn for each environment and chunk
             denoise_idx = torch.randint(self.noisy_steps, (B, 1), generator=generator, device=device)
-        else:  # every step is
-            denoise_idx = torch.arange(self.noisy_steps, device=device).expand(B, -1)
         x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device)  # A^0 (B, H, D)
         chain, logprobs = [x], []
         for k in range(self.K):
             tau = torch.full((B,), k / self.K, device=device)
-            velocity, _ = self.policy.velocity(prefix, x, tau)  # (B, H, D)
+            velocity, mu, std = self.step(prefix, x, tau)
             x_next = x + velocity * self.delta  # Eq. 6
             if not deterministic:
-                mu, std = transition(x, velocity, tau, self.delta, self.noise_level, self.solver)
                 sample = mu + std * torch.randn(x.shape, generator=generator, device=device)  # Eq. 10
                 x_next = torch.where((denoise_idx == k).any(dim=1)[:, None, None], sample, x_next)
                 logprobs.append(log_prob(x_next, mu, std, self.chunk_len, self.action_dim))
@@ -187,15 +194,14 @@ class Agent:
         return torch.stack(chain, dim=1), denoise_idx, logprob
 
     def evaluate_actions(self, prefix, chain, denoise_idx):
-        """Log-prob (B, S), entropy and std of stored decisions under the present weights."""
+        """Log-prob and entropy of stored decisions, and std of their steps, under the present weights."""
         k = denoise_idx.flatten()  # (B * S,)
-        row = torch.arange(len(chain), device=chain.device).repeat_interleave(self.num_decisions)
+        row = torch.arange(len(chain), device=chain.device).repeat_interleave(self.num_stochastic)
         x, x_next, tau = chain[row, k], chain[row, k + 1], k / self.K  # (B * S, H, D) twice, (B * S,)
-        velocity, _ = self.policy.velocity(prefix if self.hybrid else prefix[row], x, tau)
-        mu, std = transition(x, velocity, tau, self.delta, self.noise_level, self.solver)
+        _, mu, std = self.step(prefix, x, tau)
         logprob = log_prob(x_next, mu, std, self.chunk_len, self.action_dim)
-        entropy = (0.5 * math.log(2 * math.pi * math.e) + torch.log(std)) * self.chunk_len * self.action_dim
-        return logprob.view_as(denoise_idx), entropy, std
+        entropy = -log_prob(mu + std, mu, std, self.chunk_len, self.action_dim)  # as E (x - mu)^2 = std^2
+        return logprob.view_as(denoise_idx), entropy.view_as(denoise_idx), std
 
     def value(self, prefix, chain=None, generator=None):
         """V(o), (B, 1); with V_expert in the two-layer MDP, V(o, A^tau) of each decision, (B, S)."""
@@ -205,9 +211,8 @@ class Agent:
             return value[:, None].expand(B, self.num_decisions)
         with torch.no_grad():  # the critic reads the expert's features and does not shape them
             chain = self.act(prefix, generator)[0] if chain is None else chain
-            row = torch.arange(B, device=chain.device).repeat_interleave(K)
             tau = torch.arange(K, device=chain.device).repeat(B) / K
-            _, features = self.policy.velocity(prefix[row], chain[:, :-1].flatten(0, 1), tau)  # (B * K, H, W)
+            _, features = self.policy.velocity(prefix, chain[:, :-1].flatten(0, 1), tau)  # (B * K, H, W)
         values = head(features.mean(dim=1)).view(B, K)
         return values.mean(dim=1, keepdim=True) if self.hybrid else values[:, : self.noisy_steps]  # Eq. 16
 
@@ -215,9 +220,8 @@ class Agent:
 def compute_advantages(rewards, values, next_value, terminated, truncated, final_values, gamma, gae_lambda):
     """Eq. 13 over chunks. values (T, N, S), next_value (N,), the others (T, N).
 
-    Success ends the return. The time limit does not: the value of the final observation stands for what
-    would have come. Denoise steps inside a chunk carry no reward and no discount, so its S decisions share
-    one return, and each is compared with its own value.
+    Success ends the return. The time limit does not: V(final observation) stands for what would have come.
+    The S decisions of a chunk, with no reward and no discount between them, share its return.
     """
     first = values[..., 0]  # (T, N): the value where the chunk begins
     advantages, last = torch.zeros_like(first), 0.0
@@ -231,53 +235,51 @@ def compute_advantages(rewards, values, next_value, terminated, truncated, final
     return returns - values, returns
 
 
-def update(agent, optimizer, batch, args, generator, train_actor=True):
+def update(agent, optimizer, batch, args, generator):
     """PPO on the chunks in which the episode was alive: clipped surrogate (Eqs. 14-15) and value loss."""
-    names = ("chain", "denoise_idx", "logprob", "value", "advantages", "returns")
-    chain, denoise_idx, old_logprob, old_value, advantages, returns = (
-        getattr(batch, name).flatten(0, 1) for name in names  # (T * N, ...)
-    )
+    names = ("chain", "denoise_idx", "logprob", "advantages")
+    chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
+    old_value, returns = batch.value.flatten(0, 1), batch.returns.flatten(0, 1)  # (T * N, S)
     prefix = Prefix(*(field.flatten(0, 1) for field in batch.prefix))
     alive = batch.alive.flatten().nonzero().squeeze(1)
     advantages = (advantages - advantages[alive].mean()) / (advantages[alive].std(correction=0) + 1e-8)
-    actor, critic = (group["params"] for group in optimizer.param_groups)
-    clip, logs, grad_norm = args.clip_coef, [], torch.zeros(())
+    clip, logs = args.clip_coef, []
     for _ in range(args.update_epochs):
         order = alive[torch.randperm(len(alive), generator=generator, device=alive.device)]
+        epoch_kl = []
         for minibatch in order.tensor_split(min(args.num_minibatches, len(order))):
             optimizer.zero_grad()
             for rows in minibatch.split(args.micro_batch_size or len(minibatch)):
-                seen, advantage, target = prefix[rows], advantages[rows], returns[rows]
-                value = agent.value(seen, chain[rows])  # (B, S)
-                value_error = (value - target) ** 2
+                seen, advantage = prefix[rows], advantages[rows]
+                logprob, entropy, std = agent.evaluate_actions(seen, chain[rows], denoise_idx[rows])
+                logratio = logprob - old_logprob[rows]
+                ratio = logratio.exp()  # Eq. 15, (B, S)
+                clipped = ratio.clamp(1 - clip, 1 + clip)
+                policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()  # Eq. 14
+                approx_kl = (ratio - 1) - logratio
+                clipfrac = ((ratio - 1).abs() > clip).float()
+                value, before = agent.value(seen, chain[rows]), old_value[rows]  # (B, S)
+                value_loss = (value - returns[rows]) ** 2
                 if args.clip_vloss:
-                    value_clipped = old_value[rows] + (value - old_value[rows]).clamp(-clip, clip)
-                    value_error = torch.max(value_error, (value_clipped - target) ** 2)
-                value_loss = 0.5 * value_error.mean()
-                policy_loss = entropy = std = approx_kl = clipfrac = torch.zeros(())
-                if train_actor:
-                    logprob, entropy, std = agent.evaluate_actions(seen, chain[rows], denoise_idx[rows])
-                    logratio = logprob - old_logprob[rows]
-                    ratio = logratio.exp()  # Eq. 15, (B, S)
-                    clipped = ratio.clamp(1 - clip, 1 + clip)
-                    policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()  # Eq. 14
-                    approx_kl = ((ratio - 1) - logratio).mean()
-                    clipfrac = ((ratio - 1).abs() > clip).float().mean()
-                loss = policy_loss + args.vf_coef * value_loss
+                    clipped = before + (value - before).clamp(-clip, clip)
+                    value_loss = torch.max(value_loss, (clipped - returns[rows]) ** 2)
+                loss = policy_loss + 0.5 * value_loss.mean()
                 (loss * len(rows) / len(minibatch)).backward()
-                terms = (value_loss, policy_loss, entropy, approx_kl, clipfrac, std)
-                logs.append([x.mean().item() for x in terms])
-            if train_actor:
-                grad_norm = nn.utils.clip_grad_norm_(actor, args.max_grad_norm)
-            nn.utils.clip_grad_norm_(critic, args.max_grad_norm)
+                terms = {"losses/policy_loss": policy_loss, "losses/entropy": entropy, "flow/std_mean": std}
+                terms |= {"losses/approx_kl": approx_kl, "losses/clipfrac": clipfrac}
+                terms |= {"losses/value_loss": 0.5 * value_loss}
+                logs.append({name: term.mean().item() for name, term in terms.items()})
+                epoch_kl.append(logs[-1]["losses/approx_kl"])
+            groups = (group["params"] for group in optimizer.param_groups)
+            grad_norm, *_ = [nn.utils.clip_grad_norm_(group, args.max_grad_norm) for group in groups]
             optimizer.step()
-        if args.target_kl is not None and logs[-1][3] > args.target_kl:
+        if args.target_kl is not None and np.mean(epoch_kl) > args.target_kl:
             break
+    metrics = {name: np.mean([log[name] for log in logs]) for name in terms}
+    metrics |= {"flow/grad_norm": grad_norm.item()}
     explained = 1 - (returns - old_value)[alive].var() / returns[alive].var()
-    names = ("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac")
-    metrics = {f"losses/{name}": value for name, value in zip(names, np.mean(logs, axis=0))}
-    metrics |= {"losses/explained_variance": explained.item(), "flow/std_mean": np.mean(logs, axis=0)[5]}
-    return metrics | {"flow/grad_norm": grad_norm.item()}
+    metrics |= {"losses/explained_variance": explained.item()}
+    return metrics
 
 
 @torch.no_grad()
@@ -310,20 +312,19 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0):
 
 def main(args):
     # -- the user's mistakes, before anything is written
-    batch_size, min_steps = args.num_envs * args.num_steps, 2 if args.sde_solver == "cps" else 1
-    num_iterations = args.total_timesteps // max(batch_size * args.chunk_len, 1)
-    parts = args.num_minibatches
+    for count in ("num_threads num_envs num_steps chunk_len total_timesteps update_epochs num_minibatches "
+                  "save_freq denoise_steps").split():  # fmt: skip
+        if getattr(args, count) < 1:
+            fail(f"--{count.replace('_', '-')} must be at least 1")
+    batch_size, low, high = args.num_envs * args.num_steps, args.noise_std_min, args.noise_std_max
     for wrong, message in [
-        (args.num_envs < 1 or args.num_steps < 1, "--num-envs and --num-steps must be at least 1"),
-        (args.denoise_steps < min_steps, f"--denoise-steps must be at least {min_steps} ({args.sde_solver})"),
+        (args.sde_solver == "cps" and args.denoise_steps < 2, "--denoise-steps must be at least 2 (cps)"),
         (args.noise_level <= 0, "--noise-level must be above 0: without noise there is nothing to explore"),
-        (parts < 1 or batch_size % max(parts, 1),
-         f"{batch_size} chunks (num_envs x num_steps) are not divisible into {parts} --num-minibatches"),
-        (args.chunk_len < 1 or args.update_epochs < 1, "--chunk-len and --update-epochs must be at least 1"),
+        (not 0 < low <= high, "--noise-std-min must be above 0 and at most --noise-std-max"),
+        (batch_size % args.num_minibatches,
+         f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"),
         (args.critic_layers < 1, "--critic-layers must be at least 1"),
-        (args.num_threads < 1 or args.save_freq < 1, "--num-threads and --save-freq must be at least 1"),
         (args.micro_batch_size < 0, "--micro-batch-size must not be negative; 0: a whole minibatch at once"),
-        (num_iterations < 1, f"--total-timesteps is less than an iteration, {batch_size * args.chunk_len}"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:  # fmt: skip
         if wrong:
@@ -332,21 +333,17 @@ def main(args):
     torch.set_num_threads(args.num_threads)
     envs = make_envs(args.env_id, args.num_envs, args.seed, args.partial_reset)
     eval_envs = make_envs(args.env_id, min(envs.num_eval_states, 250), args.seed, partial_reset=False)
-    torch.manual_seed(args.seed)  # initial weights of the critic
+    torch.manual_seed(args.seed)  # initial weights of the heads
     policy = load_policy(args.checkpoint, device)
     if args.chunk_len > policy.config.horizon:
         fail(f"--chunk-len {args.chunk_len} is larger than the policy's horizon, {policy.config.horizon}")
     policy.fit_prompts(envs.prompts)
-    if (policy.config.critic, policy.config.critic_layers) != (args.critic, args.critic_layers):
-        policy.new_value_head(args.critic, args.critic_layers)
+    policy.need_value_head(args.critic, args.critic_layers)
+    if args.noise == "learned":
+        policy.need_noise_head(low, high)
     agent = Agent(policy, args)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": policy.actor_parameters(), "lr": args.learning_rate},
-            {"params": list(policy.value_head.parameters()), "lr": args.critic_learning_rate},
-        ],
-        eps=1e-5, weight_decay=0.01,
-    )  # fmt: skip
+    parameters = policy.actor_parameters(), list(policy.value_head.parameters())
+    optimizer = torch.optim.AdamW([{"params": group} for group in parameters], eps=1e-5, weight_decay=0.01)
 
     # -- where the results go
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -391,22 +388,24 @@ def main(args):
     batch = SimpleNamespace(
         prefix=Prefix(*(storage(*field.shape[1:], dtype=field.dtype) for field in prefix)),
         chain=storage(args.denoise_steps + 1, c.horizon, c.action_dim),  # (T, N, K+1, H, D)
-        denoise_idx=storage(S, dtype=torch.long),  # (T, N, S)
-        logprob=storage(S), value=storage(S), reward=storage(), final_value=storage(),
+        denoise_idx=storage(agent.num_stochastic, dtype=torch.long),
+        logprob=storage(S), reward=storage(),
+        value=storage(S), final_value=storage(),
         **{name: storage(dtype=torch.bool) for name in ("terminated", "truncated", "alive")},
     )  # fmt: skip
-    global_step, curve = 0, []
+    iteration, global_step, curve = 0, 0, []
     success_once = episodic_return = episodic_length = float("nan")
     success_rate = log_evaluation()
     evaluations = [(0, success_rate)]
     table = csv.writer(open(f"{folder}/metrics.csv", "w", buffering=1))
-    progress = tqdm(range(1, num_iterations + 1), unit="it")
-    for iteration in progress:
-        began, encode_time, episodes, step_before = now(), 0.0, [], global_step
-        if args.lr_schedule == "cosine":
-            for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.critic_learning_rate)):
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * (iteration - 1) / num_iterations))
-        if not args.partial_reset and iteration > 1:
+    progress = tqdm(total=args.total_timesteps, unit="step", unit_scale=True)
+    while global_step < args.total_timesteps:
+        began, encode_time, episodes, step_before, iteration = now(), 0.0, [], global_step, iteration + 1
+        rates = args.learning_rate * (iteration > args.critic_warmup), args.critic_learning_rate
+        cosine = 0.5 * (1 + math.cos(math.pi * global_step / args.total_timesteps))
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * (cosine if args.lr_schedule == "cosine" else 1)
+        if not envs.partial_reset and iteration > 1:
             obs, _ = envs.reset()
             prefix = encode(obs)
 
@@ -416,8 +415,7 @@ def main(args):
             for buffer, field in zip(batch.prefix, prefix):
                 buffer[t] = field
             batch.chain[t], batch.denoise_idx[t], batch.logprob[t] = chain, denoise_idx, logprob
-            with torch.no_grad():
-                batch.value[t] = agent.value(prefix, chain)
+            batch.value[t] = agent.value(prefix, chain).detach()
             actions = policy.postprocess(chain[:, -1], obs)[:, : args.chunk_len]  # (N, chunk_len, action_dim)
             obs, reward, terminated, truncated, info = envs.step_chunk(actions)
             batch.reward[t] = torch.from_numpy(reward.sum(axis=1))  # R_t = sum_j r_{t,j}
@@ -430,12 +428,11 @@ def main(args):
             tick = now()
             if truncated.any():  # what the time limit cut off is worth V(final observation)
                 final = encode(select_rows(info["final_obs"], np.flatnonzero(truncated[done])))
-                with torch.no_grad():
-                    batch.final_value[t, batch.truncated[t]] = agent.value(final, generator=policy_rng)[:, 0]
+                final_value = agent.value(final, generator=policy_rng)[:, 0].detach()
+                batch.final_value[t, batch.truncated[t]] = final_value
             prefix = encode(obs)
             encode_time += now() - tick
-        with torch.no_grad():
-            next_value = agent.value(prefix, generator=policy_rng)[:, 0]  # (N,)
+        next_value = agent.value(prefix, generator=policy_rng)[:, 0].detach()  # (N,)
         rolled = now()
 
         # -- advantages and update
@@ -443,8 +440,7 @@ def main(args):
             batch.reward, batch.value, next_value, batch.terminated, batch.truncated, batch.final_value,
             args.gamma, args.gae_lambda,
         )  # fmt: skip
-        train_actor = iteration > args.critic_warmup
-        metrics = update(agent, optimizer, batch, args, shuffle_rng, train_actor)
+        metrics = update(agent, optimizer, batch, args, shuffle_rng)
         updated = now()
 
         # -- logs, evaluation, checkpoint
@@ -460,7 +456,7 @@ def main(args):
             "time/encode": encode_time,
             "time/update": updated - rolled,
         }
-        last = iteration == num_iterations
+        last = global_step >= args.total_timesteps
         if last or (args.eval_freq and iteration % args.eval_freq == 0):
             success_rate = log_evaluation()
             evaluations.append((global_step, success_rate))
@@ -474,12 +470,12 @@ def main(args):
         if args.save_model and (last or iteration % args.save_freq == 0):
             card = f"# {run_name}\n\nFrom {args.checkpoint}, {global_step} steps, see args.json.\n"
             save_policy(policy, f"{folder}/checkpoint", card)
-        speed = f"{metrics['charts/SPS']:.0f} steps/s"
-        progress.set_postfix_str(f"success {success_once:.3f}, eval {success_rate:.3f}, {speed}")
+        progress.set_postfix_str(f"it {iteration}, success {success_once:.3f}, eval {success_rate:.3f}")
+        progress.update(global_step - step_before)
     writer.close()
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
-    axes.plot(*zip(*curve), alpha=0.6, label="training episodes (SDE, with exploration noise)")
+    axes.plot(*zip(*curve), alpha=0.6, label="training episodes (with exploration noise)")
     axes.plot(*zip(*evaluations), "o-", label="evaluation (ODE, fixed states)")
     axes.set(xlabel="environment steps", ylabel="success rate", ylim=(0, 1), title=run_name)
     axes.grid(alpha=0.3)

@@ -49,9 +49,7 @@ class PiConfig:
     vision_heads: int = 16
     width: int = 2048
     mlp: int = 16384
-    depth: int = (
-        18  # VLM and expert have as many layers: layer l of the expert attends to the keys of layer l
-    )
+    depth: int = 18  # of VLM and expert: layer l of the expert attends to the keys of layer l of the VLM
     heads: int = 8
     head_dim: int = 256
     vocab_size: int = 257152
@@ -64,6 +62,8 @@ class PiConfig:
     tokenizer: str = "paligemma"  # or "bytes": one token a byte, nothing to download
     critic: str = ""  # "expert", "vlm", or none yet
     critic_layers: int = 4
+    noise_std_min: float = 0.0  # bounds of the noise head; 0: none yet
+    noise_std_max: float = 0.0
 
 
 # The laptop's pi0: the same classes, small numbers. A picture is 16 patches and a byte is a token.
@@ -148,6 +148,22 @@ class ValueHead(nn.Module):
         return self.mlp(features).squeeze(-1)
 
 
+class NoiseHead(nn.Module):
+    """Features of the expert (B, H, W) -> a standard deviation for each number of the chunk (Flow-Noise).
+
+    tanh interpolates geometrically between the bounds; with log-variances as ends it is the same.
+    """
+
+    def __init__(self, in_dim, action_dim, low, high):
+        super().__init__()
+        self.low, self.high = low, high
+        sizes = [in_dim, 128, 64, action_dim]
+        self.mlp = nn.Sequential(*(m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.Tanh())))
+
+    def forward(self, features):
+        return self.low * (self.high / self.low) ** ((self.mlp(features) + 1) / 2)  # (B, H, action_dim)
+
+
 class Policy(nn.Module):
     """pi0. The VLM is frozen, the expert and its projections are trained."""
 
@@ -183,9 +199,11 @@ class Policy(nn.Module):
         self.action_time_mlp_in = nn.Linear(2 * c.expert_width, c.expert_width)
         self.action_time_mlp_out = nn.Linear(c.expert_width, c.expert_width)
         self.action_out_proj = nn.Linear(c.expert_width, c.action_dim)
-        self.value_head = None
+        self.value_head = self.noise_head = None
         if c.critic:
-            self.new_value_head(c.critic, c.critic_layers)
+            self.need_value_head(c.critic, c.critic_layers)
+        if c.noise_std_min:
+            self.need_noise_head(c.noise_std_min, c.noise_std_max)
         self.vlm_modules = [self.vision_tower, self.multi_modal_projector, self.language_model]
         for module in self.vlm_modules:
             module.requires_grad_(False)
@@ -202,11 +220,21 @@ class Policy(nn.Module):
         critic = {id(p) for p in self.value_head.parameters()} if self.value_head else set()
         return [p for p in self.parameters() if p.requires_grad and id(p) not in critic]
 
-    def new_value_head(self, critic, layers):
-        """V_expert reads the expert's features, V_vlm the VLM's output and the state, not in pi0's VLM."""
+    def need_value_head(self, critic, layers):
+        """A new one, unless such a one is there. V_vlm reads the state too, which pi0's VLM is not given."""
+        if self.value_head and (self.config.critic, self.config.critic_layers) == (critic, layers):
+            return
         self.config = dataclasses.replace(self.config, critic=critic, critic_layers=layers)
         in_dim = self.config.expert_width if critic == "expert" else self.config.width + self.config.state_dim
         self.value_head = ValueHead(in_dim, layers).to(self.device)
+
+    def need_noise_head(self, low, high):
+        """A new one, unless one with these bounds is there. Trained with the expert, not used by the ODE."""
+        if self.noise_head and (self.noise_head.low, self.noise_head.high) == (low, high):
+            return
+        self.config = dataclasses.replace(self.config, noise_std_min=low, noise_std_max=high)
+        head = NoiseHead(self.config.expert_width, self.config.action_dim, low, high)
+        self.noise_head = head.to(self.device)
 
     # -- observation -> tensors
 
@@ -285,17 +313,23 @@ class Policy(nn.Module):
         return Prefix(kv, mask, pooled, inputs["state"])
 
     def velocity(self, prefix, x, tau):
-        """Velocity and the expert's output features, (B, H, ...), at x (B, H, action_dim) and tau (B,)."""
-        B, H, _ = x.shape
+        """Velocity and the expert's output features, (N, H, ...), at x (N, H, action_dim) and tau (N,).
+
+        N may be a multiple of the B rows of the prefix: then N / B neighbours share a row, which is not
+        copied, and do not see each other.
+        """
+        B, (N, H, _) = len(prefix.mask), x.shape
         time = time_embedding(1 - tau.double(), self.config.expert_width).to(x.dtype)  # their clock
         tokens = torch.cat([self.action_in_proj(x), time[:, None].expand(-1, H, -1)], dim=-1)
         tokens = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(tokens)))
-        suffix = torch.cat([self.state_proj(prefix.state)[:, None], tokens], dim=1)  # (B, 1 + H, width)
-        positions = prefix.mask.sum(1, keepdim=True) + torch.arange(1 + H, device=x.device)
-        block = torch.ones(B, 1 + H, 1 + H, dtype=torch.bool, device=x.device)
-        block[:, 0, 1:] = False  # the state does not see the actions
-        mask = torch.cat([prefix.mask[:, None].expand(-1, 1 + H, -1), block], dim=2)  # (B, 1 + H, S + 1 + H)
-        features = gemma(self.expert, suffix, positions, mask, prefix.kv)[0][:, 1:]
+        state = self.state_proj(prefix.state).repeat_interleave(N // B, dim=0)[:, None]
+        suffix = torch.cat([state, tokens], dim=1).view(B, N // B * (1 + H), -1)  # (B, T, width)
+        positions = prefix.mask.sum(1, keepdim=True) + torch.arange(1 + H, device=x.device).repeat(N // B)
+        block = torch.ones(1 + H, 1 + H, device=x.device)
+        block[0, 1:] = 0  # the state does not see the actions
+        block = torch.block_diag(*[block] * (N // B)).bool().expand(B, -1, -1)  # (B, T, T)
+        mask = torch.cat([prefix.mask[:, None].expand(-1, block.shape[1], -1), block], dim=2)  # (B, T, S + T)
+        features = gemma(self.expert, suffix, positions, mask, prefix.kv)[0].view(N, 1 + H, -1)[:, 1:]
         return -self.action_out_proj(features), features  # and the checkpoints' sign
 
 

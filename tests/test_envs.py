@@ -201,14 +201,14 @@ def test_evaluation_leaves_the_generator_alone():
 
 
 def test_groups(capsys):
-    envs = make_envs("tabletop", 32, 0, partial_reset=False)
-    obs, _ = envs.reset(options={"group_size": 4})
+    envs = make_envs("tabletop", 32, 0, partial_reset=False, group_size=4)
+    obs, _ = envs.reset()
     for k in obs:
         groups = np.array(obs[k]).reshape(8, 4, -1)
         assert (groups == groups[:, :1]).all()
     assert len(np.unique(obs["state"], axis=0)) == 8 and len(np.unique(envs.task)) > 2
     with pytest.raises(SystemExit) as stop:
-        envs.reset(options={"group_size": 5})
+        make_envs("tabletop", 32, 0, partial_reset=False, group_size=5)
     assert stop.value.code == 2 and "group_size 5" in capsys.readouterr().err
     with pytest.raises(ValueError, match="group_sise"):
         envs.reset(options={"group_sise": 4})

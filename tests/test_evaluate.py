@@ -154,7 +154,7 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
             assert result["tasks"][task] == {"success_rate": wins / 12, "successes": wins, "episodes": 12}
             assert table[task][0] == f"{expert[i].mean():.1f}"
     assert "Protocol: tabletop, 60 fixed states, at most 40 steps, chunks of 5, K = 4, det" in out
-    assert "SDE (euler, noise 1.0), evaluation seed 3, 4, torch " + torch.__version__ in out
+    assert "noise (hybrid, euler, level 1.0), evaluation seed 3, 4, torch " + torch.__version__ in out
     protocol = {"env_id": "tabletop", "num_states": 60, "max_episode_steps": 40, "seeds": [3, 4]}
     assert protocol.items() <= report["protocol"].items()
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
@@ -232,6 +232,7 @@ def test_name_of_a_run(checkpoint, few_states, monkeypatch, capsys):
         ({"denoise_steps": 0}, "--denoise-steps must be at least 1"),
         ({"denoise_steps": 1, "sde_solver": "cps"}, "--denoise-steps must be at least 2"),
         ({"stochastic": True, "noise_level": 0.0}, "--noise-level"),
+        ({"stochastic": True, "noise": "learned"}, "no noise head"),
         ({"capture_video": "demo.mp4"}, ".gif"),
         ({"capture_video": "nowhere/demo.gif"}, "nowhere/demo.gif"),
         ({"json": "file/numbers.json"}, "file/numbers.json"),

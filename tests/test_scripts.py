@@ -1,5 +1,6 @@
-"""flow_sde_ppo.py as a user runs it: reproducible, clear about mistakes, and it learns."""
+"""The three algorithm scripts as a user runs them: alike, reproducible, clear about mistakes; they learn."""
 
+import ast
 import csv
 import dataclasses
 import json
@@ -13,19 +14,25 @@ import pytest
 import tyro
 from conftest import make_policy
 
+import flow_noise_ppo
+import flow_sde_grpo
+import flow_sde_ppo
 from envs import Tabletop, make_envs
-from flow_sde_ppo import Agent, Args, evaluate, main
 from pi_models import load_policy, save_policy
 
 ROOT = Path(__file__).resolve().parents[1]
+THREE = flow_sde_ppo, flow_noise_ppo, flow_sde_grpo
+GRPO = dict(num_envs=6, group_size=3, num_steps=8)
 SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if 'if __name__ == "__main__"' in p.read_text())
 METRICS = {
     "charts": ["episodic_return", "episodic_length", "success_once", "learning_rate", "SPS"],
-    "losses": ["value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac", "explained_variance"],
+    "losses": ["policy_loss", "entropy", "approx_kl", "clipfrac"],
     "flow": ["std_mean", "grad_norm"],
     "eval": ["success_rate"],
     "time": ["rollout", "encode", "update"],
 }
+CRITIC = {"losses/value_loss", "losses/explained_variance"}
+GROUPS = {"losses/reference_kl", "charts/groups_all_solved", "charts/groups_none_solved"}
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +43,13 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 
-def train(run_dir, checkpoint, **changed):
+def train(run_dir, checkpoint, script=flow_sde_ppo, **changed):
     """Two iterations, in which every episode reaches its end; the folder and the rows of its metrics.csv."""
-    small = dict(num_envs=6, num_steps=12, total_timesteps=2 * 360, update_epochs=2, critic_warmup=1)
-    small |= dict(env_id="tabletop_press_button", eval_freq=0, save_model=False)
-    args = dataclasses.replace(Args(), checkpoint=checkpoint, run_dir=str(run_dir), **small | changed)
-    main(args)
+    small = dict(num_envs=6, num_steps=12, total_timesteps=361, critic_warmup=1)
+    small = GRPO | dict(total_timesteps=241) if script is flow_sde_grpo else small
+    small |= dict(env_id="tabletop_press_button", eval_freq=0, save_model=False, update_epochs=2)
+    args = dataclasses.replace(script.Args(), checkpoint=checkpoint, run_dir=str(run_dir), **small | changed)
+    script.main(args)
     (folder,) = Path(run_dir).iterdir()
     with open(folder / "metrics.csv") as file:
         return args, folder, list(csv.DictReader(file))
@@ -54,43 +62,55 @@ def curve(rows):
 
 
 @pytest.mark.parametrize(
-    "changed", [{}, dict(critic="expert", mdp="two-layer", partial_reset=False, sde_solver="cps")]
+    "script, changed",
+    [
+        (flow_sde_ppo, {}),
+        (flow_sde_ppo, dict(critic="expert", mdp="two-layer", partial_reset=False, sde_solver="cps")),
+        (flow_sde_ppo, dict(noise="learned")),
+        (flow_noise_ppo, dict(critic="expert")),
+        (flow_noise_ppo, dict(noise="sde", logprob_reduction="mean")),
+        (flow_sde_grpo, dict(kl_coef=0.1)),
+    ],
 )
-def test_same_seed_same_curve(tmp_path, checkpoint, changed):
+def test_same_seed_same_curve(tmp_path, checkpoint, script, changed):
     runs = dict(first={}, again={}, evaluated={"eval_freq": 1}, other={"seed": 2})
     curves = {
-        name: curve(train(tmp_path / name, checkpoint, **changed | other)[2]) for name, other in runs.items()
+        name: curve(train(tmp_path / name, checkpoint, script, **changed | other)[2])
+        for name, other in runs.items()
     }
     assert len(curves["first"]) == 2 and curves["first"][0] != curves["first"][1]
     assert curves["again"] == curves["first"] and curves["evaluated"] == curves["first"]
-    for key in ("losses/value_loss", "losses/policy_loss"):
-        assert curves["other"][1][key] != curves["first"][1][key]
+    assert float(curves["first"][1]["flow/grad_norm"]) > 0
+    assert curves["other"][1]["flow/grad_norm"] != curves["first"][1]["flow/grad_norm"]
 
 
-def test_results(tmp_path, checkpoint):
-    args, folder, rows = train(tmp_path, checkpoint, save_model=True, learning_rate=3e-3)
+@pytest.mark.parametrize("script", THREE, ids=lambda script: script.__name__)
+def test_results(tmp_path, checkpoint, script):
+    args, folder, rows = train(tmp_path, checkpoint, script, save_model=True, learning_rate=3e-3)
     parts = folder.name.split("__")
-    assert parts[:3] == ["tabletop_press_button", "flow_sde_ppo", "1"] and parts[3].isdigit()
+    assert parts[:3] == ["tabletop_press_button", script.__name__, "1"] and parts[3].isdigit()
     assert json.loads((folder / "args.json").read_text()) == dataclasses.asdict(args)
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG") and any(
         folder.glob("events.*")
     )
-    assert {f"{part}/{name}" for part in METRICS for name in METRICS[part]} <= rows[0].keys()
+    usual = {f"{part}/{name}" for part in METRICS for name in METRICS[part]}
+    usual |= GROUPS if script is flow_sde_grpo else CRITIC
+    assert rows[0].keys() == usual | {"iteration", "global_step"}
     assert all(float(row["charts/episodic_length"]) > 0 for row in rows)
     assert [int(row["iteration"]) for row in rows] == [1, 2]
     steps = [int(row["global_step"]) for row in rows]
-    assert 0 < steps[0] <= 360 and steps[0] < steps[1] <= 720
-    assert [float(row["flow/grad_norm"]) > 0 for row in rows] == [
-        False,
-        True,
-    ]  # one iteration of critic warm-up
+    assert 0 < steps[0] < args.total_timesteps <= steps[1] < 2 * args.total_timesteps
+    if script is not flow_sde_grpo:  # one iteration of critic warm-up
+        assert [float(row["charts/learning_rate"]) for row in rows] == [0, 3e-3]
 
     policy = load_policy(folder / "checkpoint")
     before, after = load_policy(checkpoint).state_dict(), policy.state_dict()
     changed = {key.split(".")[0] for key in before if not before[key].equal(after[key])}
+    assert (policy.noise_head is None) == (script is not flow_noise_ppo)
+    assert (policy.value_head is None) == (script is flow_sde_grpo)
     assert "expert" in changed and not changed & {"vision_tower", "multi_modal_projector", "language_model"}
     policy.fit_prompts(["press the button"])
-    result = evaluate(Agent(policy, args), make_envs(args.env_id, 50, 0, partial_reset=False))
+    result = script.evaluate(script.Agent(policy, args), make_envs(args.env_id, 50, 0, partial_reset=False))
     assert float(rows[-1]["eval/success_rate"]) == result["success"].mean()
 
 
@@ -113,14 +133,16 @@ MISTAKES = {  # what: (flags, what the message has to say)
     "no noise": ("--noise-level 0", ["--noise-level"]),
     "longer than the horizon": ("--chunk-len 6", ["--chunk-len 6", "5"]),
     "empty chunks": ("--chunk-len 0", ["--chunk-len"]),
-    "uneven minibatches": ("--num-envs 3 --num-steps 1 --num-minibatches 2", ["--num-minibatches", "3 "]),
+    "uneven minibatches": ("--num-envs 3 --num-steps 1 --num-minibatches 2", ["minibatches", "3 "]),
     "no minibatches": ("--num-minibatches 0", ["--num-minibatches"]),
     "negative micro batch": ("--micro-batch-size -1", ["--micro-batch-size"]),
     "no epochs": ("--update-epochs 0", ["--update-epochs"]),
     "no critic": ("--critic-layers 0", ["--critic-layers"]),
     "no threads": ("--num-threads 0", ["--num-threads"]),
     "never saved": ("--save-model --save-freq 0", ["--save-freq"]),
-    "too few steps": ("--num-envs 6 --total-timesteps 119", ["--total-timesteps", "120"]),
+    "no steps": ("--total-timesteps 0", ["--total-timesteps"]),
+    "learned noise of no width": ("--noise learned --noise-std-min 0", ["--noise-std-min"]),
+    "bounds of noise in the wrong order": ("--noise-std-min 0.7", ["--noise-std-min", "--noise-std-max"]),
     "a file in the way": ("--run-dir {tmp}/file", ["--run-dir", "file"]),
 }  # fmt: skip
 
@@ -136,7 +158,8 @@ def test_mistakes(tmp_path, checkpoint, mistake, one_line_error):
     flags, says = MISTAKES[mistake]
     usual = ["--checkpoint", checkpoint, "--env-id", "tabletop_press_button", "--run-dir", f"{tmp_path}/runs"]
     usual += "--num-envs 2 --num-steps 4 --total-timesteps 80 --critic-warmup 0 --no-save-model".split()
-    message = one_line_error(main, tyro.cli(Args, args=usual + flags.format(tmp=tmp_path).split()))
+    args = tyro.cli(flow_sde_ppo.Args, args=usual + flags.format(tmp=tmp_path).split())
+    message = one_line_error(flow_sde_ppo.main, args)
     assert all(part in message for part in says), message
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -167,7 +190,7 @@ def test_help():
     assert done.returncode == 0, done.stderr
     *text, modules = done.stdout.splitlines()
     assert "flow_sde_ppo.py" in SCRIPTS and sum("usage:" in line for line in text) == len(SCRIPTS)
-    for field in dataclasses.fields(Args):
+    for field in (field for script in THREE for field in dataclasses.fields(script.Args)):
         flag = "--" + field.name.replace("_", "-")
         assert any(re.search(rf"{flag}[ ,]", line) for line in text), flag
     simulators = {"mujoco", "sapien", "robosuite", "libero", "mani_skill", "metaworld", "calvin_env", "gym"}
@@ -184,6 +207,59 @@ def test_learns(tmp_path):
     for where in (start, folder / "checkpoint"):
         policy = load_policy(where)
         policy.fit_prompts(envs.prompts)
-        runs = [evaluate(Agent(policy, args), envs, seed=seed)["success"] for seed in range(4)]
+        agent = flow_sde_ppo.Agent(policy, args)
+        runs = [flow_sde_ppo.evaluate(agent, envs, seed=seed)["success"] for seed in range(4)]
         success.append(np.mean(runs))
     assert success[1] > success[0] + 0.08, success
+
+
+# --- siblings ---
+
+
+def flags(script):
+    """{name: (type, default, help)} of a script's Args, as they are written."""
+    body = ast.parse(Path(script.__file__).read_text()).body
+    (args,) = (node for node in body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    return {
+        field.target.id: (ast.unparse(field.annotation), ast.unparse(field.value), ast.unparse(text))
+        for field, text in zip(args.body, args.body[1:]) if isinstance(field, ast.AnnAssign)
+    }  # fmt: skip
+
+
+def test_flags_are_alike():
+    """A flag that two scripts have means the same and has the same default, except which noise is theirs."""
+    sde, noise, grpo = map(flags, THREE)
+    for script in THREE:  # every flag has its line of help
+        assert flags(script).keys() == {field.name for field in dataclasses.fields(script.Args)}
+    sde["noise"] = noise["noise"] = grpo["noise"] = None
+    for a, b in ((sde, noise), (sde, grpo), (noise, grpo)):
+        assert {k: a[k] for k in a.keys() & b.keys()} == {k: b[k] for k in a.keys() & b.keys()}
+    assert noise.keys() - sde.keys() == {"logprob_reduction", "ent_coef"}
+    assert sde.keys() - noise.keys() == {"sde_solver", "mdp"}
+    assert grpo.keys() - sde.keys() == {"group_size", "kl_coef"}
+    critic = {"critic", "critic_layers", "critic_learning_rate", "critic_warmup", "clip_vloss"}
+    assert sde.keys() - grpo.keys() == critic | {"gamma", "gae_lambda", "partial_reset"}
+
+
+@pytest.mark.parametrize("other, budget", [(flow_noise_ppo, 80), (flow_sde_grpo, 120)])
+def test_the_diff_is_the_explanation(other, budget):
+    """So it has to be short, and in both files the sections come in the same order."""
+    paths = [flow_sde_ppo.__file__, other.__file__]
+    diff = subprocess.run(["diff", *paths], capture_output=True, text=True).stdout
+    changed = [line for line in diff.splitlines() if line[0] in "<>"]
+    assert 0 < len(changed) <= budget
+    shown = f"<!-- diff flow_sde_ppo.py {Path(other.__file__).name} -->\n\n```diff\n{diff}```\n"
+    assert shown in (ROOT / "README.md").read_text(), "README.md shows another diff than this one"
+    names = [[n.name for n in ast.parse(Path(p).read_text()).body if hasattr(n, "name")] for p in paths]
+    order = [name for name in names[0] if name in names[1]]
+    assert order == [name for name in names[1] if name in names[0]]
+    sections = ["Args", "transition", "log_prob", "Agent", "compute_advantages", "update", "evaluate", "main"]
+    assert order == sections
+
+
+def test_budgets():
+    lines = {path.stem: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
+    budgets = dict(pi_models=750, envs=600, flow_sft=350, evaluate=300)
+    budgets |= {script.__name__: 500 for script in THREE}
+    assert lines.keys() == budgets.keys()
+    assert all(lines[name] <= budgets[name] for name in lines), lines

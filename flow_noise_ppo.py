@@ -1,0 +1,492 @@
+"""Flow-Noise PPO: online RL for flow policies by a one-layer MDP with learned noise (piRL, 4.1).
+
+A flow policy turns noise A^0 into an action chunk A^1 by integrating a learned velocity in K steps. That is
+deterministic, and PPO needs a stochastic policy with a known log-probability. So
+
+1. a head of the action expert says how much Gaussian noise each denoise step gets (`transition`, Eq. 4);
+2. the whole denoised sequence is one action, whose log-probability is the sum over its steps (Eq. 5);
+3. so an update passes every chunk K times through the expert, and an entropy bonus keeps the noise alive.
+
+From there on it is PPO, with an action chunk as one macro step (Eqs. 13-15).
+
+Departures from the paper, explained in docs/:
+1. The bounds that its Tables 7, 8 call log-variances are standard deviations.
+2. V_vlm also reads the proprioception, which pi0's VLM is not given. It is the default, V_expert the paper's.
+3. The time limit is not a terminal state: the value of the final observation is bootstrapped.
+4. The critic is clipped separately and sends no gradient into the policy.
+
+    python flow_noise_ppo.py    # on a laptop's CPU, minutes; on one GPU: --device cuda --num-envs 1024
+"""
+
+import csv
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from envs import make_envs, select_rows, write_gif
+from pi_models import Prefix, fail, load_policy, save_policy
+
+
+@dataclass
+class Args:
+    # experiment
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of this experiment"""
+    seed: int = 1
+    """seed of environments, policy noise, minibatches; evaluation has its own fixed seed"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where there is one"""
+    num_threads: int = 1
+    """CPU threads of torch; at tiny size more threads than idle cores are several times slower"""
+    run_dir: str = "runs"
+    """results go to {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
+    track: bool = False
+    """log to Weights & Biases too (pip install wandb)"""
+    capture_video: bool = False
+    """write a GIF of the first evaluation episodes at every evaluation"""
+    save_model: bool = True
+    """save the policy at the end, and every `save_freq` iterations"""
+    save_freq: int = 50
+    """iterations between checkpoints"""
+    eval_freq: int = 25
+    """iterations between deterministic evaluations on the fixed states; 0: only before and after"""
+
+    # environment
+    env_id: str = "tabletop"
+    """environment; an unknown name lists the nearest ones"""
+    checkpoint: str = "checkpoints/tabletop-sft"
+    """policy to start from: a folder, or "tiny" """
+    num_envs: int = 256
+    """parallel environments"""
+    num_steps: int = 8
+    """action chunks per environment and iteration"""
+    chunk_len: int = 5
+    """actions executed per chunk, at most the policy's horizon"""
+    partial_reset: bool = True
+    """start a new episode as soon as one ends; else idle, masked, until the next iteration resets all"""
+    total_timesteps: int = 800_000
+    """environment steps (single actions, not chunks); the iteration that reaches them is the last"""
+
+    # optimisation
+    learning_rate: float = 3e-4
+    """of the action expert"""
+    critic_learning_rate: float = 1e-3
+    """of the value head"""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """cosine ends at zero"""
+    critic_warmup: int = 2
+    """first iterations in which only the critic is trained"""
+    gamma: float = 0.95
+    """discount per chunk"""
+    gae_lambda: float = 0.9
+    """lambda of GAE, per chunk"""
+    update_epochs: int = 4
+    """passes over the batch"""
+    num_minibatches: int = 2
+    """optimiser steps per pass"""
+    micro_batch_size: int = 256
+    """chunks per forward and backward pass, accumulated over a minibatch; 0: the whole minibatch at once"""
+    clip_coef: float = 0.2
+    """clipping of the ratio; with a critic, of the value's change too"""
+    clip_vloss: bool = True
+    """clip the value loss"""
+    max_grad_norm: float = 0.5
+    """gradient norm limit; actor and critic each have it"""
+    target_kl: float | None = None
+    """end an update early when its approximate KL divergence is above this"""
+    critic: Literal["vlm", "expert"] = "vlm"
+    """V_vlm reads the VLM's output, V_expert the expert's along the denoising trajectory (Eq. 16)"""
+    critic_layers: int = 4
+    """linear layers of the value head"""
+
+    # this algorithm
+    denoise_steps: int = 4
+    """K, integration steps from noise to action"""
+    noise: Literal["sde", "learned"] = "learned"
+    """of a denoise step: that of the SDE (Eq. 9) or as a noise head has learned it (Eq. 4)"""
+    noise_level: float = 1.0
+    """a, the scale of the SDE's noise (Eq. 9)"""
+    noise_std_min: float = 0.2
+    """least standard deviation of the learned noise"""
+    noise_std_max: float = 0.6
+    """greatest standard deviation of the learned noise"""
+    logprob_reduction: Literal["sum", "mean"] = "sum"
+    """of a chunk's K + 1 log-probabilities: sum is Eq. 5, mean what the authors' code does"""
+    ent_coef: float = 0.005
+    """weight of the entropy bonus"""
+
+
+def transition(x, velocity, delta, noise_std):
+    """Eq. 4: the Gaussian A^{tau+delta} | A^tau around the ODE's step, as wide as the noise head wants it."""
+    return x + velocity * delta, noise_std  # (B, H, D) twice
+
+
+def sde_transition(x, velocity, tau, delta, noise_level):
+    """Eq. 9 in the right clock: the Gaussian A^{tau+delta} | A^tau of an SDE with the ODE's marginals.
+
+    tau = 0 is noise and tau = 1 is the action. The noise pushes x off the flow and the score pulls it back;
+    with noise_level 0 this is the ODE's step x + velocity * delta.
+    """
+    tau = tau[:, None, None]  # (B, 1, 1)
+    noise_hat = x - tau * velocity  # the noise that x seems to come from: score = -noise_hat / (1 - tau)
+    # Euler-Maruyama. At tau = 0 sigma would be infinite: there the denominator is delta
+    sigma = noise_level * torch.sqrt((1 - tau) / tau.clamp(min=delta))
+    mu = x + (velocity - sigma**2 / (2 * (1 - tau)) * noise_hat) * delta  # Eq. 9
+    std = sigma * math.sqrt(delta)
+    return mu, std  # (B, H, D), (B, 1, 1)
+
+
+def log_prob(x_next, mu, std, chunk_len, action_dim):
+    """log N(x_next; mu, std) of a chunk: the sum over executed steps and real action dims, not padding."""
+    terms = -0.5 * ((x_next - mu) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)  # (B, H, D)
+    return terms[:, :chunk_len, :action_dim].sum(dim=(1, 2))  # (B,)
+
+
+class Agent:
+    """The policy as RL sees it: random, and able to say how probable a stored chunk is under its weights."""
+
+    def __init__(self, policy, args):
+        self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
+        self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
+        self.noise_level, self.average = args.noise_level, args.logprob_reduction == "mean"
+        self.num_stochastic, self.num_decisions = self.K, 1  # per chunk
+
+    def step(self, prefix, x, tau):
+        """The velocity at x, and mean and std of the Gaussian that the next x is drawn from."""
+        velocity, features = self.policy.velocity(prefix, x, tau)
+        if self.noise == "sde":  # the paper's Fig. 8: the noise of flow_sde_ppo.py (Eq. 9)
+            return velocity, *sde_transition(x, velocity, tau, self.delta, self.noise_level)
+        return velocity, *transition(x, velocity, self.delta, self.policy.noise_head(features))
+
+    def log_prior(self, x):
+        """log N(A^0; 0, I), (B,). No weight changes it, and the ratio does not see it."""
+        return log_prob(x, torch.zeros(()), torch.ones(()), self.chunk_len, self.action_dim)
+
+    def joint(self, terms):
+        """Of the terms of a chain, log-probabilities or entropies, their sum (Eq. 5) or mean, (B, 1)."""
+        return terms.mean(dim=1, keepdim=True) if self.average else terms.sum(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def act(self, prefix, generator, deterministic=False):
+        """Denoise from A^0 ~ N(0, I): chain (B, K+1, H, D), its random steps, log-prob of the decisions."""
+        B, device, c = len(prefix.mask), prefix.mask.device, self.policy.config
+        denoise_idx = torch.arange(self.num_stochastic, device=device).expand(B, -1)  # every step
+        x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device)  # A^0 (B, H, D)
+        chain, logprobs = [x], [self.log_prior(x)]
+        for k in range(self.K):
+            tau = torch.full((B,), k / self.K, device=device)
+            velocity, mu, std = self.step(prefix, x, tau)
+            x_next = x + velocity * self.delta  # Eq. 6
+            if not deterministic:
+                x_next = mu + std * torch.randn(x.shape, generator=generator, device=device)  # Eq. 4
+                logprobs.append(log_prob(x_next, mu, std, self.chunk_len, self.action_dim))
+            x = x_next
+            chain.append(x)
+        logprob = None if deterministic else self.joint(torch.stack(logprobs, dim=1))  # Eq. 5
+        return torch.stack(chain, dim=1), denoise_idx, logprob
+
+    def evaluate_actions(self, prefix, chain, denoise_idx):
+        """Log-prob and entropy of stored decisions, and std of their steps, under the present weights."""
+        k = denoise_idx.flatten()  # (B * S,)
+        row = torch.arange(len(chain), device=chain.device).repeat_interleave(self.num_stochastic)
+        x, x_next, tau = chain[row, k], chain[row, k + 1], k / self.K  # (B * S, H, D) twice, (B * S,)
+        _, mu, std = self.step(prefix, x, tau)
+        logprob = log_prob(x_next, mu, std, self.chunk_len, self.action_dim)
+        entropy = -log_prob(mu + std, mu, std, self.chunk_len, self.action_dim)  # as E (x - mu)^2 = std^2
+        logprob = torch.cat([self.log_prior(chain[:, 0])[:, None], logprob.view_as(denoise_idx)], dim=1)
+        return self.joint(logprob), self.joint(entropy.view_as(denoise_idx)), std
+
+    def value(self, prefix, chain=None, generator=None):
+        """V(o), (B, 1)."""
+        head, B, K = self.policy.value_head, len(prefix.mask), self.K
+        if self.policy.config.critic == "vlm":
+            value = head(torch.cat([prefix.pooled, prefix.state], dim=1))
+            return value[:, None].expand(B, self.num_decisions)
+        with torch.no_grad():  # the critic reads the expert's features and does not shape them
+            chain = self.act(prefix, generator)[0] if chain is None else chain
+            tau = torch.arange(K, device=chain.device).repeat(B) / K
+            _, features = self.policy.velocity(prefix, chain[:, :-1].flatten(0, 1), tau)  # (B * K, H, W)
+        values = head(features.mean(dim=1)).view(B, K)
+        return values.mean(dim=1, keepdim=True)  # Eq. 16
+
+
+def compute_advantages(rewards, values, next_value, terminated, truncated, final_values, gamma, gae_lambda):
+    """Eq. 13 over chunks. values (T, N, S), next_value (N,), the others (T, N).
+
+    Success ends the return. The time limit does not: V(final observation) stands for what would have come.
+    The S decisions of a chunk, with no reward and no discount between them, share its return.
+    """
+    first = values[..., 0]  # (T, N): the value where the chunk begins
+    advantages, last = torch.zeros_like(first), 0.0
+    for t in reversed(range(len(rewards))):
+        following = first[t + 1] if t + 1 < len(rewards) else next_value
+        following = torch.where(truncated[t], final_values[t], following) * ~terminated[t]
+        td_error = rewards[t] + gamma * following - first[t]
+        last = td_error + gamma * gae_lambda * last * ~(terminated[t] | truncated[t])  # Eq. 13
+        advantages[t] = last
+    returns = (advantages + first)[..., None].expand_as(values)  # (T, N, S)
+    return returns - values, returns
+
+
+def update(agent, optimizer, batch, args, generator):
+    """PPO on the chunks in which the episode was alive: clipped surrogate (Eqs. 14-15) and value loss."""
+    names = ("chain", "denoise_idx", "logprob", "advantages")
+    chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
+    old_value, returns = batch.value.flatten(0, 1), batch.returns.flatten(0, 1)  # (T * N, S)
+    prefix = Prefix(*(field.flatten(0, 1) for field in batch.prefix))
+    alive = batch.alive.flatten().nonzero().squeeze(1)
+    advantages = (advantages - advantages[alive].mean()) / (advantages[alive].std(correction=0) + 1e-8)
+    clip, logs = args.clip_coef, []
+    for _ in range(args.update_epochs):
+        order = alive[torch.randperm(len(alive), generator=generator, device=alive.device)]
+        epoch_kl = []
+        for minibatch in order.tensor_split(min(args.num_minibatches, len(order))):
+            optimizer.zero_grad()
+            for rows in minibatch.split(args.micro_batch_size or len(minibatch)):
+                seen, advantage = prefix[rows], advantages[rows]
+                logprob, entropy, std = agent.evaluate_actions(seen, chain[rows], denoise_idx[rows])
+                logratio = logprob - old_logprob[rows]
+                ratio = logratio.exp()  # Eq. 15, (B, S)
+                clipped = ratio.clamp(1 - clip, 1 + clip)
+                policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()  # Eq. 14
+                approx_kl = (ratio - 1) - logratio
+                clipfrac = ((ratio - 1).abs() > clip).float()
+                value, before = agent.value(seen, chain[rows]), old_value[rows]  # (B, S)
+                value_loss = (value - returns[rows]) ** 2
+                if args.clip_vloss:
+                    clipped = before + (value - before).clamp(-clip, clip)
+                    value_loss = torch.max(value_loss, (clipped - returns[rows]) ** 2)
+                loss = policy_loss - args.ent_coef * entropy.mean() + 0.5 * value_loss.mean()
+                (loss * len(rows) / len(minibatch)).backward()
+                terms = {"losses/policy_loss": policy_loss, "losses/entropy": entropy, "flow/std_mean": std}
+                terms |= {"losses/approx_kl": approx_kl, "losses/clipfrac": clipfrac}
+                terms |= {"losses/value_loss": 0.5 * value_loss}
+                logs.append({name: term.mean().item() for name, term in terms.items()})
+                epoch_kl.append(logs[-1]["losses/approx_kl"])
+            groups = (group["params"] for group in optimizer.param_groups)
+            grad_norm, *_ = [nn.utils.clip_grad_norm_(group, args.max_grad_norm) for group in groups]
+            optimizer.step()
+        if args.target_kl is not None and np.mean(epoch_kl) > args.target_kl:
+            break
+    metrics = {name: np.mean([log[name] for log in logs]) for name in terms}
+    metrics |= {"flow/grad_norm": grad_norm.item()}
+    explained = 1 - (returns - old_value)[alive].var() / returns[alive].var()
+    metrics |= {"losses/explained_variance": explained.item()}
+    return metrics
+
+
+@torch.no_grad()
+def evaluate(agent, envs, deterministic=True, seed=0, record=0):
+    """One episode from each fixed evaluation state, by the ODE: success, length, task (M,) and frames."""
+    generator = torch.Generator(agent.policy.device).manual_seed(seed)
+    states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
+    results, frames = [], []
+    for start in range(0, len(states), envs.num_envs):
+        chosen = states[start : start + envs.num_envs]
+        obs, _ = envs.reset(options={"eval_states": np.resize(chosen, envs.num_envs)})
+        alive = np.arange(envs.num_envs) < len(chosen)  # the last round may have environments to spare
+        success, length = np.zeros((2, envs.num_envs), int)
+        envs.record = record if start == 0 else 0
+        while alive.any():
+            rows = np.flatnonzero(alive)
+            seen = select_rows(obs, rows)
+            prefix = agent.policy.encode(agent.policy.preprocess(seen))
+            chain, _, _ = agent.act(prefix, generator, deterministic)
+            actions = np.zeros((envs.num_envs, agent.chunk_len, agent.action_dim), np.float32)
+            actions[rows] = agent.policy.postprocess(chain[:, -1], seen)[:, : agent.chunk_len]
+            obs, _, terminated, truncated, info = envs.step_chunk(actions)
+            success[rows], length[rows] = info["success"][rows], info["episode_length"][rows]
+            alive &= ~(terminated | truncated)
+            frames += info.get("frames", [])
+        results.append(np.stack([success, length, info["task"]])[:, : len(chosen)])
+    success, length, task = np.concatenate(results, axis=1)  # (M,) each
+    return {"success": success.astype(bool), "length": length, "task": task, "frames": frames}
+
+
+def main(args):
+    # -- the user's mistakes, before anything is written
+    for count in ("num_threads num_envs num_steps chunk_len total_timesteps update_epochs num_minibatches "
+                  "save_freq denoise_steps").split():  # fmt: skip
+        if getattr(args, count) < 1:
+            fail(f"--{count.replace('_', '-')} must be at least 1")
+    batch_size, low, high = args.num_envs * args.num_steps, args.noise_std_min, args.noise_std_max
+    for wrong, message in [
+        (args.noise_level <= 0, "--noise-level must be above 0: without noise there is nothing to explore"),
+        (not 0 < low <= high, "--noise-std-min must be above 0 and at most --noise-std-max"),
+        (batch_size % args.num_minibatches,
+         f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"),
+        (args.critic_layers < 1, "--critic-layers must be at least 1"),
+        (args.micro_batch_size < 0, "--micro-batch-size must not be negative; 0: a whole minibatch at once"),
+        (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
+    ]:  # fmt: skip
+        if wrong:
+            fail(message)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    torch.set_num_threads(args.num_threads)
+    envs = make_envs(args.env_id, args.num_envs, args.seed, args.partial_reset)
+    eval_envs = make_envs(args.env_id, min(envs.num_eval_states, 250), args.seed, partial_reset=False)
+    torch.manual_seed(args.seed)  # initial weights of the heads
+    policy = load_policy(args.checkpoint, device)
+    if args.chunk_len > policy.config.horizon:
+        fail(f"--chunk-len {args.chunk_len} is larger than the policy's horizon, {policy.config.horizon}")
+    policy.fit_prompts(envs.prompts)
+    policy.need_value_head(args.critic, args.critic_layers)
+    if args.noise == "learned":
+        policy.need_noise_head(low, high)
+    agent = Agent(policy, args)
+    parameters = policy.actor_parameters(), list(policy.value_head.parameters())
+    optimizer = torch.optim.AdamW([{"params": group} for group in parameters], eps=1e-5, weight_decay=0.01)
+
+    # -- where the results go
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    folder = os.path.join(args.run_dir, run_name)
+    try:
+        os.makedirs(folder)
+        with open(os.path.join(folder, "args.json"), "w") as file:
+            json.dump(asdict(args), file, indent=1)
+    except OSError as error:
+        fail(f"--run-dir {args.run_dir} cannot be written: {error.strerror}")
+    if args.track:
+        import wandb
+
+        wandb.init(project="piRL", name=run_name, config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(folder)
+
+    def now():
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @torch.no_grad()
+    def encode(obs):
+        return policy.encode(policy.preprocess(obs))
+
+    def log_evaluation():
+        result = evaluate(agent, eval_envs, record=6 if args.capture_video else 0)
+        if args.capture_video:
+            frames = [np.hstack(frame) for frame in result["frames"]]
+            write_gif(f"{folder}/eval_{global_step}.gif", frames, "   |   ".join(eval_envs.prompts[:6]))
+        return result["success"].mean()
+
+    # -- separate generators: the environment's own, policy noise, minibatches, and a fixed one in evaluate
+    policy_rng, shuffle_rng = (torch.Generator(device).manual_seed(2 * args.seed + i) for i in range(2))
+    obs, _ = envs.reset()
+    prefix = encode(obs)
+
+    def storage(*shape, dtype=torch.float32):
+        return torch.zeros((args.num_steps, args.num_envs, *shape), dtype=dtype, device=device)
+
+    S, c = agent.num_decisions, policy.config
+    batch = SimpleNamespace(
+        prefix=Prefix(*(storage(*field.shape[1:], dtype=field.dtype) for field in prefix)),
+        chain=storage(args.denoise_steps + 1, c.horizon, c.action_dim),  # (T, N, K+1, H, D)
+        denoise_idx=storage(agent.num_stochastic, dtype=torch.long),
+        logprob=storage(S), reward=storage(),
+        value=storage(S), final_value=storage(),
+        **{name: storage(dtype=torch.bool) for name in ("terminated", "truncated", "alive")},
+    )  # fmt: skip
+    iteration, global_step, curve = 0, 0, []
+    success_once = episodic_return = episodic_length = float("nan")
+    success_rate = log_evaluation()
+    evaluations = [(0, success_rate)]
+    table = csv.writer(open(f"{folder}/metrics.csv", "w", buffering=1))
+    progress = tqdm(total=args.total_timesteps, unit="step", unit_scale=True)
+    while global_step < args.total_timesteps:
+        began, encode_time, episodes, step_before, iteration = now(), 0.0, [], global_step, iteration + 1
+        rates = args.learning_rate * (iteration > args.critic_warmup), args.critic_learning_rate
+        cosine = 0.5 * (1 + math.cos(math.pi * global_step / args.total_timesteps))
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * (cosine if args.lr_schedule == "cosine" else 1)
+        if not envs.partial_reset and iteration > 1:
+            obs, _ = envs.reset()
+            prefix = encode(obs)
+
+        # -- rollout: every observation is encoded once, here, and its prefix serves all epochs of the update
+        for t in range(args.num_steps):
+            chain, denoise_idx, logprob = agent.act(prefix, policy_rng)
+            for buffer, field in zip(batch.prefix, prefix):
+                buffer[t] = field
+            batch.chain[t], batch.denoise_idx[t], batch.logprob[t] = chain, denoise_idx, logprob
+            batch.value[t] = agent.value(prefix, chain).detach()
+            actions = policy.postprocess(chain[:, -1], obs)[:, : args.chunk_len]  # (N, chunk_len, action_dim)
+            obs, reward, terminated, truncated, info = envs.step_chunk(actions)
+            batch.reward[t] = torch.from_numpy(reward.sum(axis=1))  # R_t = sum_j r_{t,j}
+            batch.terminated[t] = torch.from_numpy(terminated)
+            batch.truncated[t] = torch.from_numpy(truncated)
+            batch.alive[t] = torch.from_numpy(info["alive"])
+            done = terminated | truncated
+            episodes += zip(*(info[key][done] for key in ("success", "episode_return", "episode_length")))
+            global_step += int(info["steps"].sum())
+            tick = now()
+            if truncated.any():  # what the time limit cut off is worth V(final observation)
+                final = encode(select_rows(info["final_obs"], np.flatnonzero(truncated[done])))
+                final_value = agent.value(final, generator=policy_rng)[:, 0].detach()
+                batch.final_value[t, batch.truncated[t]] = final_value
+            prefix = encode(obs)
+            encode_time += now() - tick
+        next_value = agent.value(prefix, generator=policy_rng)[:, 0].detach()  # (N,)
+        rolled = now()
+
+        # -- advantages and update
+        batch.advantages, batch.returns = compute_advantages(
+            batch.reward, batch.value, next_value, batch.terminated, batch.truncated, batch.final_value,
+            args.gamma, args.gae_lambda,
+        )  # fmt: skip
+        metrics = update(agent, optimizer, batch, args, shuffle_rng)
+        updated = now()
+
+        # -- logs, evaluation, checkpoint
+        if episodes:
+            success_once, episodic_return, episodic_length = np.mean(episodes, axis=0)
+        metrics |= {
+            "charts/success_once": success_once,  # of the episodes that ended now, with exploration noise
+            "charts/episodic_return": episodic_return,
+            "charts/episodic_length": episodic_length,
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/SPS": (global_step - step_before) / (updated - began),
+            "time/rollout": rolled - began - encode_time,
+            "time/encode": encode_time,
+            "time/update": updated - rolled,
+        }
+        last = global_step >= args.total_timesteps
+        if last or (args.eval_freq and iteration % args.eval_freq == 0):
+            success_rate = log_evaluation()
+            evaluations.append((global_step, success_rate))
+        metrics["eval/success_rate"] = success_rate  # the latest
+        curve.append((global_step, success_once))
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, global_step)
+        if iteration == 1:
+            table.writerow(["iteration", "global_step", *metrics])
+        table.writerow([iteration, global_step, *metrics.values()])
+        if args.save_model and (last or iteration % args.save_freq == 0):
+            card = f"# {run_name}\n\nFrom {args.checkpoint}, {global_step} steps, see args.json.\n"
+            save_policy(policy, f"{folder}/checkpoint", card)
+        progress.set_postfix_str(f"it {iteration}, success {success_once:.3f}, eval {success_rate:.3f}")
+        progress.update(global_step - step_before)
+    writer.close()
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    axes.plot(*zip(*curve), alpha=0.6, label="training episodes (with exploration noise)")
+    axes.plot(*zip(*evaluations), "o-", label="evaluation (ODE, fixed states)")
+    axes.set(xlabel="environment steps", ylabel="success rate", ylim=(0, 1), title=run_name)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(f"{folder}/learning_curve.png", dpi=120, bbox_inches="tight")
+    print(f"success {evaluations[0][1]:.3f} -> {success_rate:.3f}; results in {folder}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
