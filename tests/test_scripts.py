@@ -67,8 +67,7 @@ def curve(rows):
         (flow_sde_ppo, {}),
         (flow_sde_ppo, dict(critic="expert", mdp="two-layer", partial_reset=False, sde_solver="cps")),
         (flow_sde_ppo, dict(noise="learned")),
-        (flow_noise_ppo, dict(critic="expert")),
-        (flow_noise_ppo, dict(noise="sde", logprob_reduction="mean")),
+        (flow_noise_ppo, dict(critic="expert", logprob_reduction="mean")),
         (flow_sde_grpo, dict(kl_coef=0.1)),
     ],
 )
