@@ -1,4 +1,4 @@
-"""pi0 as in its paper and its public checkpoints: SigLIP + Gemma (the VLM), and a smaller Gemma, the expert.
+"""pi0 and pi0.5 as in their public checkpoints: SigLIP + Gemma (the VLM), and a smaller Gemma, the expert.
 
     policy = load_policy(path_or_name, device)             # a folder with safetensors, or "tiny"
     inputs = policy.preprocess(obs)                        # simulator observation -> tensors
@@ -8,6 +8,9 @@
 
 The prefix (pictures, prompt) never attends to the suffix (state, noisy actions). So one pass over the prefix,
 whose keys and values are kept, then a pass over the suffix alone, is the joint forward exactly.
+
+In pi0 the suffix begins with a state token and each action token is mixed with the time. In pi0.5 there is no
+state token, and the time steers the expert's norms (AdaRMS).
 
 The clock. Checkpoints run t = 1 (noise) -> 0 (action) and predict noise - action. This project's clock is the
 paper's: tau = 0 (noise) -> 1 (action), velocity = action - noise. `Policy.velocity` turns one into the other,
@@ -39,8 +42,9 @@ def fail(message):
 
 @dataclass
 class PiConfig:
-    """Sizes of pi0; the defaults are the public checkpoints'."""
+    """Sizes; the defaults are those of the public pi0 checkpoints."""
 
+    variant: str = "pi0"  # or "pi05"
     image_size: int = 224
     patch_size: int = 14
     vision_width: int = 1152
@@ -107,23 +111,47 @@ def attention(q, k, v, mask):
     return out.view(B, heads, S, D).transpose(1, 2).reshape(B, S, heads * D)
 
 
-def gemma(model, x, positions, mask, cache=None):
+class AdaRMSNorm(nn.Module):
+    """RMS norm whose scale and shift, and the gate of what follows, are functions of a condition (pi0.5)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.dense = nn.Linear(width, 3 * width)
+        nn.init.zeros_(self.dense.weight)  # a new one is a plain norm, whose gate is closed
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, x, condition):
+        """x (B, T, W); condition (B, C, W), each for T / C neighbours."""
+        change = self.dense(condition).repeat_interleave(x.shape[1] // condition.shape[1], dim=1)
+        scale, shift, gate = change.chunk(3, dim=-1)
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift, gate
+
+
+def gemma(model, x, positions, mask, cache=None, condition=None):
     """The layers of a GemmaModel over embeddings x (B, S, W), which also look at the cache, if there is one.
 
     Returns the normed output and this pass's own (B, layers, 2, S, head_dim) keys and values.
     """
+
+    def normed(norm, x):
+        return (norm(x), None) if condition is None else norm(x, condition)
+
+    def add(x, change, gate):
+        return x + change if gate is None else x + gate * change
+
     cos, sin = (table[:, None] for table in model.rotary_emb(x, positions))  # (B, 1, S, head_dim)
     kv = []
     for i, layer in enumerate(model.layers):
-        attn, h = layer.self_attn, layer.input_layernorm(x)
+        attn, (h, gate) = layer.self_attn, normed(layer.input_layernorm, x)
         q = rope(attn.q_proj(h).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2), cos, sin)
         k, v = rope(attn.k_proj(h)[:, None], cos, sin)[:, 0], attn.v_proj(h)
         kv.append(torch.stack([k, v], dim=1))
         if cache is not None:
             k, v = torch.cat([cache[:, i, 0], k], dim=1), torch.cat([cache[:, i, 1], v], dim=1)
-        x = x + attn.o_proj(attention(q, k, v, mask))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return model.norm(x), torch.stack(kv, dim=1)
+        x = add(x, attn.o_proj(attention(q, k, v, mask)), gate)
+        h, gate = normed(layer.post_attention_layernorm, x)
+        x = add(x, layer.mlp(h), gate)
+    return normed(model.norm, x)[0], torch.stack(kv, dim=1)
 
 
 def time_embedding(t, dim, min_period=4e-3, max_period=4.0):
@@ -165,7 +193,7 @@ class NoiseHead(nn.Module):
 
 
 class Policy(nn.Module):
-    """pi0. The VLM is frozen, the expert and its projections are trained."""
+    """pi0 or pi0.5. The VLM is frozen, the expert and its projections are trained."""
 
     def __init__(self, config, stats=None):
         # here, not at the top: importing them takes seconds, which --help should not
@@ -173,7 +201,8 @@ class Policy(nn.Module):
 
         super().__init__()
         c = self.config = config
-        self.stats = stats  # {"state" | "actions": {"mean": [...], "std": [...]}}, of the real dimensions
+        self.stats = stats  # {"state" | "actions": {"mean", "std", "q01" or "q99": [real dimensions]}}
+        self.pi05 = c.variant == "pi05"
         self.token_len = c.max_token_len
         self._tokens = {}
 
@@ -194,10 +223,19 @@ class Policy(nn.Module):
         self.language_model = gemma_model(c.width, c.mlp, c.vocab_size)
         self.expert = gemma_model(c.expert_width, c.expert_mlp, 1)
         self.expert.embed_tokens = None  # the expert reads actions, not words
-        self.state_proj = nn.Linear(c.state_dim, c.expert_width)
+        if not self.pi05:
+            self.state_proj = nn.Linear(c.state_dim, c.expert_width)
         self.action_in_proj = nn.Linear(c.action_dim, c.expert_width)
-        self.action_time_mlp_in = nn.Linear(2 * c.expert_width, c.expert_width)
-        self.action_time_mlp_out = nn.Linear(c.expert_width, c.expert_width)
+        if self.pi05:
+            self.expert.norm = AdaRMSNorm(c.expert_width)
+            for layer in self.expert.layers:
+                layer.input_layernorm = AdaRMSNorm(c.expert_width)
+                layer.post_attention_layernorm = AdaRMSNorm(c.expert_width)
+            self.time_mlp_in = nn.Linear(c.expert_width, c.expert_width)
+            self.time_mlp_out = nn.Linear(c.expert_width, c.expert_width)
+        else:
+            self.action_time_mlp_in = nn.Linear(2 * c.expert_width, c.expert_width)
+            self.action_time_mlp_out = nn.Linear(c.expert_width, c.expert_width)
         self.action_out_proj = nn.Linear(c.expert_width, c.action_dim)
         self.value_head = self.noise_head = None
         if c.critic:
@@ -214,7 +252,7 @@ class Policy(nn.Module):
 
     @property
     def env_action_dim(self):
-        return len(self.stats["actions"]["mean"])
+        return len(self.stats["actions"]["q01" if self.pi05 else "mean"])
 
     def actor_parameters(self):
         critic = {id(p) for p in self.value_head.parameters()} if self.value_head else set()
@@ -278,6 +316,9 @@ class Policy(nn.Module):
         return self._tokens[key]
 
     def _normalize(self, x, key):
+        if self.pi05:  # 1 % and 99 % quantiles are -1 and 1
+            low, high = (x.new_tensor(self.stats[key][s]) for s in ("q01", "q99"))
+            return (x - low) / (high - low + 1e-6) * 2 - 1
         mean, std = (x.new_tensor(self.stats[key][s]) for s in ("mean", "std"))
         return (x - mean) / (std + 1e-6)
 
@@ -289,8 +330,12 @@ class Policy(nn.Module):
 
     def postprocess(self, x, obs):
         """Model actions (B, H, action_dim) -> simulator actions (B, H, env_action_dim), NumPy."""
+        actions = x[..., : self.env_action_dim].detach().cpu().numpy()
+        if self.pi05:
+            low, high = (np.asarray(self.stats["actions"][s], np.float32) for s in ("q01", "q99"))
+            return (actions + 1) / 2 * (high - low + 1e-6) + low
         mean, std = (np.asarray(self.stats["actions"][s], np.float32) for s in ("mean", "std"))
-        return x[..., : len(mean)].detach().cpu().numpy() * (std + 1e-6) + mean
+        return actions * (std + 1e-6) + mean
 
     # -- forward
 
@@ -319,17 +364,24 @@ class Policy(nn.Module):
         copied, and do not see each other.
         """
         B, (N, H, _) = len(prefix.mask), x.shape
-        time = time_embedding(1 - tau.double(), self.config.expert_width).to(x.dtype)  # their clock
-        tokens = torch.cat([self.action_in_proj(x), time[:, None].expand(-1, H, -1)], dim=-1)
-        tokens = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(tokens)))
-        state = self.state_proj(prefix.state).repeat_interleave(N // B, dim=0)[:, None]
-        suffix = torch.cat([state, tokens], dim=1).view(B, N // B * (1 + H), -1)  # (B, T, width)
-        positions = prefix.mask.sum(1, keepdim=True) + torch.arange(1 + H, device=x.device).repeat(N // B)
-        block = torch.ones(1 + H, 1 + H, device=x.device)
-        block[0, 1:] = 0  # the state does not see the actions
-        block = torch.block_diag(*[block] * (N // B)).bool().expand(B, -1, -1)  # (B, T, T)
-        mask = torch.cat([prefix.mask[:, None].expand(-1, block.shape[1], -1), block], dim=2)  # (B, T, S + T)
-        features = gemma(self.expert, suffix, positions, mask, prefix.kv)[0].view(N, 1 + H, -1)[:, 1:]
+        time = time_embedding(1 - tau.double(), self.config.expert_width).to(x.dtype)  # (N, W), their clock
+        tokens, condition = self.action_in_proj(x), None  # (N, H, W)
+        if self.pi05:
+            condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time)))).view(B, N // B, -1)
+        else:
+            tokens = torch.cat([tokens, time[:, None].expand(-1, H, -1)], dim=-1)
+            tokens = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(tokens)))
+            state = self.state_proj(prefix.state).repeat_interleave(N // B, dim=0)
+            tokens = torch.cat([state[:, None], tokens], dim=1)  # (N, 1 + H, W)
+        T = tokens.shape[1]
+        block = torch.ones(T, T, device=x.device)
+        block[: T - H, T - H :] = 0  # the state does not see the actions
+        block = torch.block_diag(*[block] * (N // B)).bool().expand(B, -1, -1)  # (B, N / B * T, N / B * T)
+        mask = torch.cat([prefix.mask[:, None].expand(-1, block.shape[1], -1), block], dim=2)
+        positions = prefix.mask.sum(1, keepdim=True) + torch.arange(T, device=x.device).repeat(N // B)
+        suffix = tokens.view(B, N // B * T, -1)
+        features, _ = gemma(self.expert, suffix, positions, mask, prefix.kv, condition)
+        features = features.view(N, T, -1)[:, T - H :]
         return -self.action_out_proj(features), features  # and the checkpoints' sign
 
 
@@ -368,7 +420,8 @@ def load_policy(path_or_name, device="cpu"):
             if type(getattr(config, field.name)) is not field.type:
                 raise TypeError(f"{field.name} in config.json is not of type {field.type.__name__}")
         stats = json.loads((folder / "norm_stats.json").read_text())["norm_stats"]
-        [stats[key][s] for key in ("state", "actions") for s in ("mean", "std")]
+        names = ("q01", "q99") if config.variant == "pi05" else ("mean", "std")
+        [stats[key][s] for key in ("state", "actions") for s in names]
         tensors = load_file(folder / "model.safetensors")
     except (TypeError, KeyError, ValueError, SafetensorError) as error:
         fail(f"checkpoint '{path_or_name}' cannot be read: {str(error).splitlines()[0]}")

@@ -16,6 +16,8 @@ STATS = {
     "state": {"mean": [0.1, 0.0, -0.2, 0.0], "std": [0.5, 0.4, 0.9, 1.0]},
     "actions": {"mean": [0.05, -0.1, 0.2], "std": [0.6, 0.5, 0.8]},
 }
+for part in STATS.values():  # of pi0.5; not symmetric about the mean
+    part["q01"], part["q99"] = ([m + w * s for m, s in zip(part["mean"], part["std"])] for w in (-2.1, 1.9))
 
 
 def make_policy(critic="", critic_layers=2, seed=0, **sizes):
