@@ -17,10 +17,13 @@ paper's: tau = 0 (noise) -> 1 (action), velocity = action - noise. `Policy.veloc
 and nothing else does.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import pickle
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +67,7 @@ class PiConfig:
     horizon: int = 50
     max_token_len: int = 48
     tokenizer: str = "paligemma"  # or "bytes": one token a byte, nothing to download
+    state_in_prompt: bool = False  # lerobot's pi0.5 reads the state as words
     critic: str = ""  # "expert", "vlm", or none yet
     critic_layers: int = 4
     noise_std_min: float = 0.0  # bounds of the noise head; 0: none yet
@@ -205,6 +209,7 @@ class Policy(nn.Module):
         self.pi05 = c.variant == "pi05"
         self.token_len = c.max_token_len
         self._tokens = {}
+        self.tokenizer_json = self._tokenizer = None  # PaliGemma's, as text and ready for use
 
         def gemma_model(width, mlp, vocab_size):
             return GemmaModel(GemmaConfig(
@@ -280,11 +285,22 @@ class Policy(nn.Module):
         """Pad to the longest of these, not to `max_token_len`. Exact, since padding is masked."""
         self.token_len = min(self.config.max_token_len, max(len(self.tokenize(p)) for p in prompts))
 
-    def tokenize(self, prompt):
-        """BOS + text + newline, the pi0 style."""
-        if self.config.tokenizer != "bytes":
-            fail(f"tokenizer '{self.config.tokenizer}' is not supported, only 'bytes' is")
-        return [256, *prompt.encode(), 10]
+    def tokenize(self, prompt, state=None):
+        """BOS + text + newline, the pi0 style; lerobot's pi0.5 adds the state (normalised) in 256 bins."""
+        text, end = prompt.strip().replace("_", " ").replace("\n", " "), "\n"
+        if self.config.state_in_prompt:
+            bins = np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
+            text, end = f"Task: {text}, State: {' '.join(map(str, bins))};\nAction: ", ""
+        if self.config.tokenizer == "bytes":
+            return [256, *text.encode(), *end.encode()]
+        if self.tokenizer_json is None:
+            fail("no tokenizer.json: copy that of google/paligemma-3b-pt-224 into the checkpoint's folder")
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer
+
+            self._tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        words = (self._tokenizer.encode(part, add_special_tokens=False).ids for part in (text, end))
+        return [2, *(token for part in words for token in part)]  # 2: BOS
 
     def preprocess(self, obs):
         """{"images" (B, cams, H, W, 3) uint8, "state" (B, S), "prompt" [B]} -> normalised tensors."""
@@ -299,7 +315,8 @@ class Policy(nn.Module):
             images = padded.unflatten(0, images.shape[:2])
         state = torch.as_tensor(obs["state"], dtype=torch.float32, device=self.device)
         state = F.pad(self._normalize(state, "state"), (0, self.config.state_dim - state.shape[1]))
-        tokens = torch.stack([self._padded_tokens(p) for p in obs["prompt"]]).to(self.device)
+        states = self._normalize(torch.as_tensor(obs["state"]), "state").tolist()
+        tokens = torch.stack([self._padded_tokens(*x) for x in zip(obs["prompt"], states)]).to(self.device)
         return {
             "images": images,
             "image_mask": torch.ones(images.shape[:2], dtype=torch.bool, device=self.device),
@@ -308,11 +325,14 @@ class Policy(nn.Module):
             "state": state,
         }
 
-    def _padded_tokens(self, prompt):
-        key = prompt, self.token_len
+    def _padded_tokens(self, prompt, state):
+        key = prompt, self.token_len, tuple(state) if self.config.state_in_prompt else None
         if key not in self._tokens:
-            tokens = self.tokenize(prompt)[: self.token_len]
-            self._tokens[key] = torch.tensor(tokens + [-1] * (self.token_len - len(tokens)))  # -1: padding
+            tokens = self.tokenize(prompt, state)[: self.token_len]
+            tokens = torch.tensor(tokens + [-1] * (self.token_len - len(tokens)))  # -1: padding
+            if self.config.state_in_prompt:  # never the same again
+                return tokens
+            self._tokens[key] = tokens
         return self._tokens[key]
 
     def _normalize(self, x, key):
@@ -396,54 +416,188 @@ OPENPI = {
     "expert.": "paligemma_with_expert.gemma_expert.model.",
 }
 
+# anyone's -> ours, one rule after the other: openpi, RLinf, lerobot (hub, trained, old), transformers
+RENAMED = [
+    (r"^model\.(?!vlm\.|dit\.)", ""),
+    (r"^(paligemma_with_expert\.)?paligemma\.(model\.)?|^model\.vlm\.", ""),
+    (r"^(paligemma_with_expert\.)?gemma_expert\.(model\.)?|^model\.dit\.", "expert."),
+    (r"^embed_action_time\.", ""),
+    (r"^vision_tower\.vision_model\.", "vision_tower."),
+    (r"^multi_modal_projector\.linear\.", "multi_modal_projector."),
+    (r"^language_model\.model\.", "language_model."),
+    (r"^(language_model\.)?lm_head\.", "language_model.embed_tokens."),  # tied: one is stored, or both
+    (r"^noise_head\.mlp_logvar\.moduleList\.(\d)\.linear_1\.", lambda m: f"noise_head.mlp.{2 * int(m[1])}."),
+]
+UNUSED = r"^expert\.(lm_head|embed_tokens)\.|^(un)?normalize_|logvar_(min|max)$"  # by the network
+WEIGHTS = "full_weights.pt", "model_state_dict/full_weights.pt", "actor/model_state_dict/full_weights.pt"
+
 
 def openpi_key(key):
     prefix = next((p for p in OPENPI if key.startswith(p)), "")
     return OPENPI.get(prefix, "") + key[len(prefix) :]
 
 
-def load_policy(path_or_name, device="cpu"):
-    """A folder written by `save_policy`, or "tiny": the laptop's pi0, pre-trained but not fine-tuned."""
-    from safetensors import SafetensorError
+def our_key(key):
+    for pattern, ours in RENAMED:
+        key = re.sub(pattern, ours, key)
+    return key
+
+
+def read_tensors(folder):
+    """All tensors of a folder under their own names: safetensors, in one file or more, or RLinf's .pt."""
     from safetensors.torch import load_file
 
-    folder = CHECKPOINTS / "tiny" if path_or_name == "tiny" else Path(path_or_name)
-    for name in ("model.safetensors", "config.json", "norm_stats.json"):
-        if not (folder / name).is_file():
-            missing = "has no " + name if folder.is_dir() else "does not exist"
-            needed = "model.safetensors, config.json, norm_stats.json"
-            fail(f"checkpoint '{path_or_name}' {missing}; needed: {needed}")
+    files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("policy_p")]
+    if files:
+        return {key: tensor for file in files for key, tensor in load_file(file).items()}
+    for file in (folder / name for name in WEIGHTS):
+        if file.is_file():
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    raise ValueError("has no model.safetensors, and no weights under another name that is known here")
+
+
+def read_stats(folder, tensors):
+    """Statistics of state and actions: norm_stats.json, here or in a folder below (openpi), or lerobot's."""
+    from safetensors.torch import load_file
+
+    for file in sorted(folder.glob("**/norm_stats.json"), key=lambda file: len(file.parts)):
+        return json.loads(file.read_text())["norm_stats"]
+    for file in sorted(folder.glob("policy_p*_normalizer_processor.safetensors")):
+        tensors = tensors | load_file(file)
+    stats = {"state": {}, "actions": {}}
+    for key, tensor in tensors.items():  # "observation.state.mean", "normalize_targets.buffer_action.mean"
+        found = re.search(r"(observation[._]state|\baction|_action)\.(mean|std|q01|q99)$", key)
+        if found:
+            stats["state" if "state" in found[1] else "actions"][found[2]] = tensor.tolist()
+    return stats
+
+
+def read_config(tensors, told):
+    """Sizes from the tensors; what they do not tell, and only that, from anyone's config.json."""
+
+    def size(key, axis=0):
+        return tensors[key].shape[axis]
+
+    def depth(layers):
+        return len({key.removeprefix(layers).split(".")[0] for key in tensors if key.startswith(layers)})
+
+    patch, language = "vision_tower.embeddings.patch_embedding.weight", "language_model.layers.0."
+    patches = size("vision_tower.embeddings.position_embedding.weight")
+    head_dim = size(language + "self_attn.k_proj.weight")  # there is one key-value head
+    variant = "pi05" if "time_mlp_in.weight" in tensors else "pi0"
+    sizes = dict(
+        variant=variant, patch_size=size(patch, -1), image_size=size(patch, -1) * math.isqrt(patches),
+        vision_width=size(patch), vision_mlp=size("vision_tower.encoder.layers.0.mlp.fc1.weight"),
+        vision_depth=depth("vision_tower.encoder.layers."), width=size("multi_modal_projector.weight"),
+        mlp=size(language + "mlp.gate_proj.weight"), depth=depth("language_model.layers."),
+        heads=size(language + "self_attn.q_proj.weight") // head_dim, head_dim=head_dim,
+        vocab_size=size("language_model.embed_tokens.weight"), expert_width=size("action_in_proj.weight"),
+        expert_mlp=size("expert.layers.0.mlp.gate_proj.weight"), action_dim=size("action_in_proj.weight", 1),
+        state_dim=size("state_proj.weight" if variant == "pi0" else "action_in_proj.weight", 1),
+    )  # fmt: skip
+    layers = sum(bool(re.match(r"value_head\.mlp\.\d+\.weight$", key)) for key in tensors)
+    if layers:
+        expert = size("value_head.mlp.0.weight", 1) == sizes["expert_width"]
+        sizes |= {"critic": "expert" if expert else "vlm", "critic_layers": layers}
+    for key in tensors:  # RLinf stores logarithms of variances
+        if re.search(r"logvar_(min|max)$", key):
+            sizes[f"noise_std_{key[-3:]}"] = math.exp(0.5 * tensors[key].item())
+    usual = PiConfig() if variant == "pi0" else PiConfig(horizon=10, max_token_len=200)
+    rest = {
+        "horizon": told.get("chunk_size", told.get("action_horizon", usual.horizon)),
+        "max_token_len": told.get("tokenizer_max_length", usual.max_token_len),
+        "state_in_prompt": told.get("type") == "pi05",  # lerobot's pi0.5
+    }
+    ours = {field.name: field.type for field in dataclasses.fields(PiConfig)}
+    if "vision_heads" not in told and sizes["vision_width"] != usual.vision_width:
+        raise ValueError("has no config.json with vision_heads, which cannot be seen in the weights")
+    if "vision_heads" in told:  # written by save_policy
+        strangers = [key for key in told if key not in ours]
+        rest = {key: told[key] for key in told if key in ours}
+        strangers += [f"{key} {value!r}" for key, value in rest.items() if type(value) is not ours[key]]
+        if strangers:
+            raise ValueError(f"has a config.json that cannot be read: {', '.join(strangers)}")
+        wrong = [key for key in sizes if rest.get(key, sizes[key]) != sizes[key]]
+        wrong = ", ".join(f"{key} is {sizes[key]} and not {rest[key]}" for key in wrong)
+        if wrong:
+            raise ValueError(f"is of another architecture than its config.json: {wrong}")
+    return PiConfig(**rest | sizes)
+
+
+@contextlib.contextmanager
+def parameters_on_meta():
+    """Modules built here have no memory for their parameters, only for what is not in a checkpoint."""
+    real = nn.Module.register_parameter
+
+    def register(module, name, parameter):
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        real(module, name, parameter)
+
+    nn.Module.register_parameter = register
     try:
-        fields = json.loads((folder / "config.json").read_text())
-        config = PiConfig(**fields)
-        for field in dataclasses.fields(config):
-            if type(getattr(config, field.name)) is not field.type:
-                raise TypeError(f"{field.name} in config.json is not of type {field.type.__name__}")
-        stats = json.loads((folder / "norm_stats.json").read_text())["norm_stats"]
-        names = ("q01", "q99") if config.variant == "pi05" else ("mean", "std")
-        [stats[key][s] for key in ("state", "actions") for s in names]
-        tensors = load_file(folder / "model.safetensors")
-    except (TypeError, KeyError, ValueError, SafetensorError) as error:
-        fail(f"checkpoint '{path_or_name}' cannot be read: {str(error).splitlines()[0]}")
-    policy = Policy(config, stats)
+        yield
+    finally:
+        nn.Module.register_parameter = real
+
+
+def download(name):
+    """The folder of a hub id, from the cache or the network."""
+    from huggingface_hub import snapshot_download
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.is_dir():
+        fail(f"checkpoint '{name}' does not exist: neither a folder nor the id of a model on the hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.pt"]))
+    except Exception as error:  # whatever went wrong on the way
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        fail(f"checkpoint '{name}' cannot be downloaded ({reason}); where there is a network, do `hf "
+             f"download {name} --local-dir FOLDER`, bring the folder here and pass its path")  # fmt: skip
+
+
+def load_policy(path_or_name, device="cpu"):
+    """A folder of `save_policy`, openpi, lerobot, transformers or RLinf; a hub id; "tiny": the laptop's."""
+    from safetensors import SafetensorError
+
+    folder = CHECKPOINTS / "tiny" if path_or_name == "tiny" else Path(path_or_name)
+    folder = folder if folder.is_dir() else download(str(path_or_name))
+    try:
+        theirs = read_tensors(folder)
+        tensors = {our_key(key): tensor for key, tensor in theirs.items()}
+        file = folder / "config.json"
+        config = read_config(tensors, dict(json.loads(file.read_text())) if file.is_file() else {})
+        stats = read_stats(folder, theirs)
+        needed = ("q01", "q99") if config.variant == "pi05" else ("mean", "std")
+        absent = [f"{s} of {key}" for key in ("state", "actions") for s in needed if s not in stats[key]]
+        if absent:
+            raise ValueError(f"has no {', '.join(absent)}: copy the norm_stats.json of its data there")
+    except KeyError as error:
+        fail(f"checkpoint '{path_or_name}' is neither a pi0 nor a pi0.5: missing {openpi_key(error.args[0])}")
+    except (TypeError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        what = str(error).strip().splitlines()[0]
+        what = what if what.startswith(("has ", "is ")) else f"cannot be read: {what}"
+        fail(f"checkpoint '{path_or_name}' {what}")
+    with parameters_on_meta():  # no second copy in memory, no time for initial values
+        policy = Policy(config, stats)
     ours = policy.state_dict()
-    wanted = {openpi_key(key): key for key in ours}
-    unused = "paligemma_with_expert.gemma_expert.lm_head.weight"  # in openpi's files, never used by anyone
-    problems = [f"missing {key}" for key in wanted if key not in tensors]
-    problems += [f"unexpected {key}" for key in tensors if key not in wanted and key != unused]
+    problems = [f"missing {openpi_key(key)}" for key in ours if key not in tensors]
+    strangers = {key: our_key(key) for key in theirs if our_key(key) not in ours}
+    problems += [f"unexpected {key}" for key, mine in strangers.items() if not re.search(UNUSED, mine)]
     problems += [
-        f"{key} is {tuple(tensors[key].shape)} instead of {tuple(ours[wanted[key]].shape)}"
-        for key in wanted if key in tensors and tensors[key].shape != ours[wanted[key]].shape
+        f"{openpi_key(key)} is {tuple(tensors[key].shape)} instead of {tuple(ours[key].shape)}"
+        for key in ours if key in tensors and tensors[key].shape != ours[key].shape
     ]  # fmt: skip
     if problems:
         listed = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        fail(f"checkpoint '{path_or_name}' is of another architecture than its config.json: {listed}")
-    policy.load_state_dict({wanted[key]: tensor for key, tensor in tensors.items() if key in wanted})
+        fail(f"checkpoint '{path_or_name}' is of another architecture: {listed}")
+    policy.load_state_dict({key: tensors[key].float() for key in ours}, assign=True)
+    if (folder / "tokenizer.json").is_file():
+        policy.tokenizer_json = (folder / "tokenizer.json").read_text()
     return policy.to(device).eval()
 
 
 def save_policy(policy, folder, card=""):
-    """Weights (openpi's keys), sizes, statistics, a model card. Files are replaced atomically."""
+    """Weights (openpi's keys), sizes, statistics, tokenizer, a model card. Files are replaced atomically."""
     from safetensors.torch import save
 
     folder = Path(folder)
@@ -455,6 +609,8 @@ def save_policy(policy, folder, card=""):
         "norm_stats.json": json.dumps({"norm_stats": policy.stats}, indent=1).encode(),
         "model.safetensors": save(tensors, metadata={"format": "pt"}),
     }
+    if policy.tokenizer_json:
+        files["tokenizer.json"] = policy.tokenizer_json.encode()
     for name, content in files.items():
         temporary = folder / f".{name}.tmp"
         temporary.write_bytes(content)

@@ -121,7 +121,7 @@ def test_video(tmp_path, checkpoint, monkeypatch):
 MISTAKES = {  # what: (flags, what the message has to say)
     "unknown environment": ("--env-id tabletop_open_drawr", ["tabletop_open_drawr", "tabletop_open_drawer"]),
     "no checkpoint": ("--checkpoint {tmp}/nowhere", ["nowhere", "does not exist"]),
-    "another architecture": ("--checkpoint {tmp}/other", ["architecture", "missing", "layers.2."]),
+    "another architecture": ("--checkpoint {tmp}/other", ["architecture", "depth is 2 and not 3"]),
     "no environments": ("--num-envs 0", ["--num-envs"]),
     "fewer than none": ("--num-envs -4", ["--num-envs"]),
     "no chunks": ("--num-steps 0", ["--num-steps"]),
