@@ -87,7 +87,7 @@ class Prefix(NamedTuple):
 
     kv: torch.Tensor  # (B, layers, 2, S, head_dim): keys (rotated) and values of every layer
     mask: torch.Tensor  # (B, S): True where the token is real
-    pooled: torch.Tensor  # (B, width): masked mean of the VLM's output, the input of V_vlm
+    pooled: torch.Tensor  # (B, width): masked mean of the VLM's output for V_vlm; (B, 0) without
     state: torch.Tensor  # (B, state_dim): normalised proprioception, which pi0 gives to the expert
 
     def __getitem__(self, rows):
@@ -131,10 +131,10 @@ class AdaRMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift, gate
 
 
-def gemma(model, x, positions, mask, cache=None, condition=None):
+def gemma(model, x, positions, mask, cache=None, condition=None, output=True):
     """The layers of a GemmaModel over embeddings x (B, S, W), which also look at the cache, if there is one.
 
-    Returns the normed output and this pass's own (B, layers, 2, S, head_dim) keys and values.
+    Returns the normed output, if wanted, and this pass's own (B, layers, 2, S, head_dim) keys and values.
     """
 
     def normed(norm, x):
@@ -150,6 +150,8 @@ def gemma(model, x, positions, mask, cache=None, condition=None):
         q = rope(attn.q_proj(h).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2), cos, sin)
         k, v = rope(attn.k_proj(h)[:, None], cos, sin)[:, 0], attn.v_proj(h)
         kv.append(torch.stack([k, v], dim=1))
+        if not output and len(kv) == len(model.layers):
+            return None, torch.stack(kv, dim=1)
         if cache is not None:
             k, v = torch.cat([cache[:, i, 0], k], dim=1), torch.cat([cache[:, i, 1], v], dim=1)
         x = add(x, attn.o_proj(attention(q, k, v, mask)), gate)
@@ -373,8 +375,9 @@ class Policy(nn.Module):
         image_mask = image_mask.repeat_interleave(patches.shape[1] // images.shape[1], dim=1)
         mask = torch.cat([image_mask, inputs["token_mask"]], dim=1)  # (B, S)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden, kv = gemma(self.language_model, x, positions, mask[:, None])  # only padding is hidden
-        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        read = self.config.critic == "vlm"  # by nobody else
+        hidden, kv = gemma(self.language_model, x, positions, mask[:, None], output=read)  # padding is hidden
+        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) if read else x[:, 0, :0]
         return Prefix(kv, mask, pooled, inputs["state"])
 
     def velocity(self, prefix, x, tau):
@@ -400,7 +403,7 @@ class Policy(nn.Module):
         mask = torch.cat([prefix.mask[:, None].expand(-1, block.shape[1], -1), block], dim=2)
         positions = prefix.mask.sum(1, keepdim=True) + torch.arange(T, device=x.device).repeat(N // B)
         suffix = tokens.view(B, N // B * T, -1)
-        features, _ = gemma(self.expert, suffix, positions, mask, prefix.kv, condition)
+        features, _ = gemma(self.expert, suffix, positions, mask, prefix.kv, condition=condition)
         features = features.view(N, T, -1)[:, T - H :]
         return -self.action_out_proj(features), features  # and the checkpoints' sign
 

@@ -69,6 +69,7 @@ def observe(args):
     policy = load_policy(args.checkpoint, args.device)
     envs = make_envs("tabletop", args.chunks, 0)
     policy.fit_prompts(envs.prompts)
+    policy.need_value_head("vlm", 4)  # which reads the VLM's output
     return policy.encode(policy.preprocess(envs.reset()[0]))
 
 

@@ -4,6 +4,8 @@ As in test_math.py, a `check_*` is also run on broken models, which it must reje
 one decision of pi_models.py, and `CAUGHT` says which check sees which.
 """
 
+import copy
+import dataclasses
 import functools
 import json
 import math
@@ -93,7 +95,9 @@ def check_chain(openpi):
 @torch.no_grad()
 def check_prefix(openpi):
     """Embeddings, mask, and the output of the VLM, of which the Prefix keeps the mean over real tokens."""
-    prefix, embeds = openpi.policy.encode(openpi.inputs), openpi.io["prefix_embeds"]
+    policy = copy.copy(openpi.policy)
+    policy.config = dataclasses.replace(policy.config, critic="vlm")  # else the output is not computed
+    prefix, embeds = policy.encode(openpi.inputs), openpi.io["prefix_embeds"]
     patches = openpi.policy.embed_images(openpi.inputs["images"])
     close(patches, embeds[:, : patches.shape[1]], 1e-5)
     mask, hidden = openpi.io["prefix_pad_mask"].bool(), openpi.io["prefix_hidden"]
@@ -200,10 +204,10 @@ def passes(prefix=None, suffix=None):
     def mutate(patch):
         real = pi_models.gemma
 
-        def gemma(model, x, positions, mask, cache=None, condition=None):
+        def gemma(model, x, positions, mask, cache=None, **rest):
             change = (prefix if cache is None else suffix) or (lambda x, positions, mask, cache: {})
             given = dict(x=x, positions=positions, mask=mask, cache=cache)
-            return real(model, **given | change(**given), condition=condition)
+            return real(model, **given | change(**given), **rest)
 
         patch.setattr(pi_models, "gemma", gemma)
 
@@ -346,7 +350,7 @@ def test_padding_and_absent_cameras_do_not_matter():
 @torch.no_grad()
 def test_fit_prompts():
     """Shorter padding, the same velocity; and no prompt is cut."""
-    policy, obs = make_policy(), observe(20)
+    policy, obs = make_policy("vlm"), observe(20)
     x, tau = torch.randn(20, 5, 4), torch.rand(20)
     long = policy.encode(policy.preprocess(obs))
     before = policy.velocity(long, x, tau)[0]
@@ -356,6 +360,17 @@ def test_fit_prompts():
     assert torch.equal(short.mask.sum(dim=1), long.mask.sum(dim=1))
     close(policy.velocity(short, x, tau)[0], before, 3e-6)
     close(short.pooled, long.pooled, 3e-6)
+
+
+@torch.no_grad()
+def test_output_only_for_who_reads_it():
+    """Without V_vlm the last layer stops at its keys and values, which are the same."""
+    policy, obs = make_policy("vlm"), observe(4)
+    whole = policy.encode(policy.preprocess(obs))
+    for critic in ("expert", ""):
+        policy.config = dataclasses.replace(policy.config, critic=critic)
+        short = policy.encode(policy.preprocess(obs))
+        assert torch.equal(short.kv, whole.kv) and short.pooled.shape == (4, 0)
 
 
 def test_prefix_rows():
