@@ -285,7 +285,9 @@ class Policy(nn.Module):
 
     def fit_prompts(self, prompts):
         """Pad to the longest of these, not to `max_token_len`. Exact, since padding is masked."""
-        self.token_len = min(self.config.max_token_len, max(len(self.tokenize(p)) for p in prompts))
+        longest = np.ones(len(self.stats["state"]["q01" if self.pi05 else "mean"]))  # bins of three digits
+        lengths = [len(self.tokenize(prompt, longest)) for prompt in prompts]
+        self.token_len = min(self.config.max_token_len, max(lengths))
 
     def tokenize(self, prompt, state=None):
         """BOS + text + newline, the pi0 style; lerobot's pi0.5 adds the state (normalised) in 256 bins."""
