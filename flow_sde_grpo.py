@@ -434,6 +434,7 @@ def main(args):
             save_policy(policy, f"{folder}/checkpoint", card)
         progress.set_postfix_str(f"it {iteration}, success {success_once:.3f}, eval {success_rate:.3f}")
         progress.update(global_step - step_before)
+    progress.close()
     writer.close()
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()

@@ -22,11 +22,11 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import PickleError
 from typing import NamedTuple
 
 import numpy as np
@@ -289,21 +289,25 @@ class Policy(nn.Module):
         lengths = [len(self.tokenize(prompt, longest)) for prompt in prompts]
         self.token_len = min(self.config.max_token_len, max(lengths))
 
-    def tokenize(self, prompt, state=None):
-        """BOS + text + newline, the pi0 style; lerobot's pi0.5 adds the state (normalised) in 256 bins."""
-        text, end = prompt.strip().replace("_", " ").replace("\n", " "), "\n"
-        if self.config.state_in_prompt:
-            bins = np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
-            text, end = f"Task: {text}, State: {' '.join(map(str, bins))};\nAction: ", ""
-        if self.config.tokenizer == "bytes":
-            return [256, *text.encode(), *end.encode()]
+    def tokenizer(self):
         if self.tokenizer_json is None:
             fail("no tokenizer.json: copy that of google/paligemma-3b-pt-224 into the checkpoint's folder")
         if self._tokenizer is None:
             from tokenizers import Tokenizer
 
             self._tokenizer = Tokenizer.from_str(self.tokenizer_json)
-        words = (self._tokenizer.encode(part, add_special_tokens=False).ids for part in (text, end))
+        return self._tokenizer
+
+    def tokenize(self, prompt, state=None):
+        """BOS + text + newline, the pi0 style; lerobot's pi0.5 adds the state (normalised) in 256 bins."""
+        text, end = prompt.strip().replace("_", " ").replace("\n", " "), "\n"
+        if self.config.state_in_prompt:
+            padded = [*state, *[0] * (self.config.state_dim - len(state))]
+            bins = np.digitize(padded, np.linspace(-1, 1, 257)[:-1]) - 1
+            text, end = f"Task: {text}, State: {' '.join(map(str, bins))};\nAction: ", ""
+        if self.config.tokenizer == "bytes":
+            return [256, *text.encode(), *end.encode()]
+        words = (self.tokenizer().encode(part, add_special_tokens=False).ids for part in (text, end))
         return [2, *(token for part in words for token in part)]  # 2: BOS
 
     def preprocess(self, obs):
@@ -453,11 +457,18 @@ def read_tensors(folder):
     from safetensors.torch import load_file
 
     files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("policy_p")]
+    for index in folder.glob("*.safetensors.index.json"):
+        gone = set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in files}
+        if gone:
+            raise ValueError(f"has no {', '.join(sorted(gone))}, which its index lists")
     if files:
         return {key: tensor for file in files for key, tensor in load_file(file).items()}
     for file in (folder / name for name in WEIGHTS):
         if file.is_file():
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+                raise ValueError(f"has a {file.name} that is no dictionary of tensors")
+            return tensors
     raise ValueError("has no model.safetensors, and no weights under another name that is known here")
 
 
@@ -578,7 +589,7 @@ def load_policy(path_or_name, device="cpu"):
             raise ValueError(f"has no {', '.join(absent)}: copy the norm_stats.json of its data there")
     except KeyError as error:
         fail(f"checkpoint '{path_or_name}' is neither a pi0 nor a pi0.5: missing {openpi_key(error.args[0])}")
-    except (TypeError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except (TypeError, ValueError, IndexError, RuntimeError, EOFError, SafetensorError, PickleError) as error:
         what = str(error).strip().splitlines()[0]
         what = what if what.startswith(("has ", "is ")) else f"cannot be read: {what}"
         fail(f"checkpoint '{path_or_name}' {what}")
@@ -598,6 +609,10 @@ def load_policy(path_or_name, device="cpu"):
     policy.load_state_dict({key: tensors[key].float() for key in ours}, assign=True)
     if (folder / "tokenizer.json").is_file():
         policy.tokenizer_json = (folder / "tokenizer.json").read_text()
+        try:
+            policy.tokenizer()
+        except Exception as error:  # of no narrower class
+            fail(f"checkpoint '{path_or_name}': tokenizer.json cannot be read: {str(error).splitlines()[0]}")
     return policy.to(device).eval()
 
 
