@@ -369,6 +369,7 @@ class Policy(nn.Module):
 
     def embed_images(self, images):
         """(B, cams, 3, size, size) -> (B, cams * patches, width)."""
+        images = images.to(self.multi_modal_projector.weight.dtype)
         patches = self.vision_tower(images.flatten(0, 1)).last_hidden_state  # (B * cams, ...)
         return self.multi_modal_projector(patches).unflatten(0, images.shape[:2]).flatten(1, 2)
 
@@ -384,7 +385,7 @@ class Policy(nn.Module):
         read = self.config.critic == "vlm"  # by nobody else
         hidden, kv = gemma(self.language_model, x, positions, mask[:, None], output=read)  # padding is hidden
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) if read else x[:, 0, :0]
-        return Prefix(kv, mask, pooled, inputs["state"])
+        return Prefix(kv, mask, pooled.float(), inputs["state"])
 
     def velocity(self, prefix, x, tau):
         """Velocity and the expert's output features, (N, H, ...), at x (N, H, action_dim) and tau (N,).
@@ -409,8 +410,10 @@ class Policy(nn.Module):
         mask = torch.cat([prefix.mask[:, None].expand(-1, block.shape[1], -1), block], dim=2)
         positions = prefix.mask.sum(1, keepdim=True) + torch.arange(T, device=x.device).repeat(N // B)
         suffix = tokens.view(B, N // B * T, -1)
-        features, _ = gemma(self.expert, suffix, positions, mask, prefix.kv, condition=condition)
-        features = features.view(N, T, -1)[:, T - H :]
+        half = prefix.kv.dtype == torch.bfloat16  # then the expert computes in it too, from fp32 weights
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            features, _ = gemma(self.expert, suffix, positions, mask, prefix.kv, condition=condition)
+        features = features.float().view(N, T, -1)[:, T - H :]
         return -self.action_out_proj(features), features  # and the checkpoints' sign
 
 
@@ -437,7 +440,7 @@ RENAMED = [
     (r"^(language_model\.)?lm_head\.", "language_model.embed_tokens."),  # tied: one is stored, or both
     (r"^noise_head\.mlp_logvar\.moduleList\.(\d)\.linear_1\.", lambda m: f"noise_head.mlp.{2 * int(m[1])}."),
 ]
-UNUSED = r"^expert\.(lm_head|embed_tokens)\.|^(un)?normalize_|logvar_(min|max)$"  # by the network
+UNUSED = r"^expert\.(lm_head|embed_tokens)\.|^(un)?normalize_|logvar_(min|max)$"  # by the networks
 WEIGHTS = "full_weights.pt", "model_state_dict/full_weights.pt", "actor/model_state_dict/full_weights.pt"
 
 
@@ -476,14 +479,19 @@ def read_stats(folder, tensors):
     """Statistics of state and actions: norm_stats.json, here or in a folder below (openpi), or lerobot's."""
     from safetensors.torch import load_file
 
-    for file in sorted(folder.glob("**/norm_stats.json"), key=lambda file: len(file.parts)):
-        return json.loads(file.read_text())["norm_stats"]
+    files = [folder / "norm_stats.json"]
+    files = files if files[0].is_file() else sorted(folder.glob("**/norm_stats.json"))
+    if len(files) > 1:
+        names = ", ".join(str(file.relative_to(folder)) for file in files)
+        raise ValueError(f"has several norm_stats.json ({names}): copy the right one up into the folder")
+    if files:
+        return json.loads(files[0].read_text())["norm_stats"]
     for file in sorted(folder.glob("policy_p*_normalizer_processor.safetensors")):
         tensors = tensors | load_file(file)
     stats = {"state": {}, "actions": {}}
     for key, tensor in tensors.items():  # "observation.state.mean", "normalize_targets.buffer_action.mean"
         found = re.search(r"(observation[._]state|\baction|_action)\.(mean|std|q01|q99)$", key)
-        if found:
+        if found and tensor.isfinite().all():  # lerobot's buffers are infinite until they are filled
             stats["state" if "state" in found[1] else "actions"][found[2]] = tensor.tolist()
     return stats
 
@@ -511,10 +519,13 @@ def read_config(tensors, told):
         expert_mlp=size("expert.layers.0.mlp.gate_proj.weight"), action_dim=size("action_in_proj.weight", 1),
         state_dim=size("state_proj.weight" if variant == "pi0" else "action_in_proj.weight", 1),
     )  # fmt: skip
-    layers = sum(bool(re.match(r"value_head\.mlp\.\d+\.weight$", key)) for key in tensors)
-    if layers:
-        expert = size("value_head.mlp.0.weight", 1) == sizes["expert_width"]
-        sizes |= {"critic": "expert" if expert else "vlm", "critic_layers": layers}
+    head = [tuple(tensors[key].shape) for key in tensors if re.match(r"value_head\.mlp\.\d+\.weight$", key)]
+    if head:
+        inputs = {sizes["expert_width"]: "expert", sizes["width"] + sizes["state_dim"]: "vlm"}
+        sizes |= {"critic": inputs.get(head[0][1], ""), "critic_layers": len(head)}
+        if not sizes["critic"] or [rows for rows, _ in head[:-1]] != [512 >> i for i in range(len(head) - 1)]:
+            print(f"note: its value head, {head}, is of another kind than ours and left out", file=sys.stderr)
+            sizes["critic"] = ""
     for key in tensors:  # RLinf stores logarithms of variances
         if re.search(r"logvar_(min|max)$", key):
             sizes[f"noise_std_{key[-3:]}"] = math.exp(0.5 * tensors[key].item())
@@ -573,8 +584,6 @@ def download(name):
 
 def load_policy(path_or_name, device="cpu"):
     """A folder of `save_policy`, openpi, lerobot, transformers or RLinf; a hub id; "tiny": the laptop's."""
-    from safetensors import SafetensorError
-
     folder = CHECKPOINTS / "tiny" if path_or_name == "tiny" else Path(path_or_name)
     folder = folder if folder.is_dir() else download(str(path_or_name))
     try:
@@ -587,18 +596,21 @@ def load_policy(path_or_name, device="cpu"):
         absent = [f"{s} of {key}" for key in ("state", "actions") for s in needed if s not in stats[key]]
         if absent:
             raise ValueError(f"has no {', '.join(absent)}: copy the norm_stats.json of its data there")
+        with parameters_on_meta():  # no second copy in memory, no time for initial values
+            policy = Policy(config, stats)
     except KeyError as error:
         fail(f"checkpoint '{path_or_name}' is neither a pi0 nor a pi0.5: missing {openpi_key(error.args[0])}")
-    except (TypeError, ValueError, IndexError, RuntimeError, EOFError, SafetensorError, PickleError) as error:
-        what = str(error).strip().splitlines()[0]
+    except PickleError:  # torch's own message says how to run what is in there
+        fail(f"checkpoint '{path_or_name}' has a .pt file that holds more than tensors and could run code")
+    except Exception as error:  # whatever there is in these files
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = what if what.startswith(("has ", "is ")) else f"cannot be read: {what}"
         fail(f"checkpoint '{path_or_name}' {what}")
-    with parameters_on_meta():  # no second copy in memory, no time for initial values
-        policy = Policy(config, stats)
     ours = policy.state_dict()
     problems = [f"missing {openpi_key(key)}" for key in ours if key not in tensors]
+    unused = UNUSED if config.critic else UNUSED + r"|^value_head\."
     strangers = {key: our_key(key) for key in theirs if our_key(key) not in ours}
-    problems += [f"unexpected {key}" for key, mine in strangers.items() if not re.search(UNUSED, mine)]
+    problems += [f"unexpected {key}" for key, mine in strangers.items() if not re.search(unused, mine)]
     problems += [
         f"{openpi_key(key)} is {tuple(tensors[key].shape)} instead of {tuple(ours[key].shape)}"
         for key in ours if key in tensors and tensors[key].shape != ours[key].shape
@@ -606,10 +618,14 @@ def load_policy(path_or_name, device="cpu"):
     if problems:
         listed = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         fail(f"checkpoint '{path_or_name}' is of another architecture: {listed}")
-    policy.load_state_dict({key: tensors[key].float() for key in ours}, assign=True)
+    theirs.clear()  # from here on a tensor goes as its copy comes
+    trained = {key for key, parameter in policy.named_parameters() if parameter.requires_grad}
+    for key in ours:  # what is trained in fp32; what is frozen as it is stored, bf16 stays bf16
+        tensor = tensors.pop(key)
+        policy.load_state_dict({key: tensor.float() if key in trained else tensor}, strict=False, assign=True)
     if (folder / "tokenizer.json").is_file():
-        policy.tokenizer_json = (folder / "tokenizer.json").read_text()
         try:
+            policy.tokenizer_json = (folder / "tokenizer.json").read_text()
             policy.tokenizer()
         except Exception as error:  # of no narrower class
             fail(f"checkpoint '{path_or_name}': tokenizer.json cannot be read: {str(error).splitlines()[0]}")

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,12 +113,36 @@ def test_layout(tmp_path, layout, variant):
     assert all(p.requires_grad == (id(p) not in frozen) for p in policy.parameters()) and not policy.training
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["pi0", "pi05"])
 @pytest.mark.parametrize("layout", ["openpi", "shards", "pt"])
-def test_bf16(tmp_path, layout):
-    ours, openpi = load_policy(lay(tmp_path, layout, dtype=torch.bfloat16)).state_dict(), reference("pi0")
-    for key, theirs in openpi.keys.items():
-        assert ours[key].dtype == torch.float32
-        assert torch.equal(ours[key], openpi.weights[theirs].bfloat16().float()), key
+def test_bf16(tmp_path, layout, variant):
+    """What is frozen stays as it is stored, what is trained has masters in fp32; the velocity is close."""
+    policy, openpi = load_policy(lay(tmp_path, layout, variant, dtype=torch.bfloat16)), reference(variant)
+    for key, p in policy.named_parameters():
+        if "head" not in key:
+            assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+            assert torch.equal(p, openpi.weights[openpi.keys[key]].bfloat16().to(p.dtype)), key
+    prefix = policy.encode(openpi.inputs)
+    assert prefix.kv.dtype == torch.bfloat16 and prefix.pooled.dtype == torch.float32
+    for i, t in enumerate(openpi.io["timesteps"].double()):
+        velocity, features = policy.velocity(prefix, openpi.io["noise"], (1 - t).expand(3))
+        assert velocity.dtype == features.dtype == torch.float32
+        error = (velocity + openpi.io["velocity"][i]).norm() / openpi.io["velocity"][i].norm()
+        assert 1e-4 < error < 0.03
+
+
+def test_value_head_of_another_kind(tmp_path, capsys):
+    """RLinf's V_vlm reads no state, and pi0.5's critic is wider: the policy is taken, the head is not."""
+    for i, shape in enumerate([(512, 48), (1024, 32)]):
+        folder = lay(tmp_path / str(i), "openpi")
+        head = {"value_head.mlp.0.weight": torch.zeros(shape), "value_head.mlp.0.bias": torch.zeros(shape[0])}
+        head |= {"value_head.mlp.2.weight": torch.zeros(1, shape[0]), "value_head.mlp.2.bias": torch.zeros(1)}
+        save_file(load_file(folder / ONE) | head, folder / ONE)
+        policy = load_policy(folder)
+        assert policy.value_head is None and policy.config.critic == ""
+        assert str(shape) in capsys.readouterr().err
+        check_golden(policy, "pi0")
 
 
 @torch.no_grad()
@@ -205,6 +230,10 @@ DAMAGE = {  # what is wrong: (layout, how, what the message has to say)
         "openpi", lambda folder: save_file({"action_in_proj.weight": torch.zeros(8, 7)}, folder / ONE),
         "neither a pi0 nor a pi0.5",
     ),
+    "two statistics": (
+        "openpi", lambda folder: shutil.copytree(folder / "assets", folder / "b"), "several norm_stats.json",
+    ),
+    "a folder": ("openpi", lambda folder: (folder / "also.safetensors").mkdir(), "cannot be read"),
     "no statistics": ("openpi", lambda folder: (folder / NORM_STATS).unlink(), "copy the norm_stats.json"),
     "tokenizer": ("openpi", lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
 }  # fmt: skip
