@@ -68,6 +68,7 @@ class PiConfig:
     max_token_len: int = 48
     tokenizer: str = "paligemma"  # or "bytes": one token a byte, nothing to download
     state_in_prompt: bool = False  # lerobot's pi0.5 reads the state as words
+    delta_actions: int = 0  # so many of the first dimensions are relative to the state; 6 in pi0_libero
     critic: str = ""  # "expert", "vlm", or none yet
     critic_layers: int = 4
     noise_std_min: float = 0.0  # bounds of the noise head; 0: none yet
@@ -352,6 +353,8 @@ class Policy(nn.Module):
 
     def normalize_actions(self, actions):
         """Simulator actions (B, H, D) -> the expert's padded space (B, H, action_dim), the target of SFT."""
+        if self.config.delta_actions:
+            fail("SFT of a policy with delta_actions is not supported")
         actions = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
         padding = self.config.action_dim - actions.shape[-1]
         return F.pad(self._normalize(actions, "actions"), (0, padding))
@@ -361,9 +364,14 @@ class Policy(nn.Module):
         actions = x[..., : self.env_action_dim].detach().cpu().numpy()
         if self.pi05:
             low, high = (np.asarray(self.stats["actions"][s], np.float32) for s in ("q01", "q99"))
-            return (actions + 1) / 2 * (high - low + 1e-6) + low
-        mean, std = (np.asarray(self.stats["actions"][s], np.float32) for s in ("mean", "std"))
-        return actions * (std + 1e-6) + mean
+            actions = (actions + 1) / 2 * (high - low + 1e-6) + low
+        else:
+            mean, std = (np.asarray(self.stats["actions"][s], np.float32) for s in ("mean", "std"))
+            actions = actions * (std + 1e-6) + mean
+        n = self.config.delta_actions
+        if n:
+            actions[..., :n] += np.asarray(obs["state"], np.float32)[:, None, :n]
+        return actions
 
     # -- forward
 

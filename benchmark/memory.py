@@ -1,7 +1,8 @@
 """Memory of RL on a full-size pi0 or pi0.5, part by part, computed: nothing is allocated, no GPU is needed.
 
 Parameters and the tensors that autograd keeps for the backward pass are counted on fake tensors, which have a
-shape and no data. What a GPU needs besides (CUDA itself, the allocator's gaps, temporaries) is not in it.
+shape and no data. The heads (5 MiB) are left out, and what a GPU needs besides: CUDA itself, the allocator's
+gaps, temporaries such as the VLM's own activations, of which inference keeps one layer's at a time.
 
     python benchmark/memory.py                                   # Markdown
     python benchmark/memory.py --chunks 1024 --micro-batch-size 64
@@ -64,7 +65,6 @@ def measure(config, args):
         for module in policy.vlm_modules:
             half = {key: torch.empty_like(p, dtype=torch.bfloat16) for key, p in module.state_dict().items()}
             module.load_state_dict(half, assign=True)
-        policy.need_value_head("vlm", 4)
         tokens = args.cameras * (config.image_size // config.patch_size) ** 2 + args.prompt_tokens
 
         def prefix(n):
@@ -84,7 +84,7 @@ def measure(config, args):
         once, often = f"{args.micro_batch_size} chunks", f"K = {args.denoise_steps} steps (Flow-Noise)"
         return {
             "VLM, frozen, bf16": size(frozen),
-            "expert and value head, fp32": size(trained),
+            "expert, fp32 masters": size(trained),
             "their gradients, fp32": size(trained),
             "their moments (AdamW), fp32": 2 * size(trained),
             f"keys and values of {args.chunks} observations, bf16": size(prefix(args.chunks)),

@@ -1,4 +1,4 @@
-"""What an update costs: the hybrid MDP of Flow-SDE, the full two-layer MDP, the one-layer MDP of Flow-Noise, GRPO.
+"""What an update costs: hybrid and full two-layer MDP of Flow-SDE, one-layer MDP of Flow-Noise, GRPO.
 
 Each script's own `update`, one epoch on the same chunks of the tabletop, in turn, in one process, so that the
 ratios hold even where the seconds do not. The paper's Fig. 8: hybrid takes half of two-layer and one-layer.

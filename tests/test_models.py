@@ -478,6 +478,13 @@ def test_actions_there_and_back():
     assert one == pytest.approx(np.array([[[0.65, 0.4, 1.0]]]), abs=1e-5)
 
 
+def test_delta_actions():
+    """As pi0_libero: the state that was observed is added to the first dimensions, and to these only."""
+    x, state = torch.randn(2, 5, 4), np.float32([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    plain, delta = (make_policy(delta_actions=n).postprocess(x, {"state": state}) for n in (0, 2))
+    assert np.abs(delta - plain - np.float32([[[1, 2, 0]], [[5, 6, 0]]])).max() < 1e-5
+
+
 # --- files ---
 
 

@@ -112,6 +112,15 @@ def test_results(tmp_path, checkpoint, script):
     assert float(rows[-1]["eval/success_rate"]) == result["success"].mean()
 
 
+@pytest.mark.parametrize("script", THREE, ids=lambda script: script.__name__)
+def test_other_policies(tmp_path, script):
+    """pi0.5 with its state in the prompt and a horizon that is longer than a chunk, in 64-pixel pictures."""
+    sizes = dict(horizon=7, action_dim=6, state_dim=6, max_token_len=200, image_size=64, patch_size=16)
+    save_policy(make_policy(variant="pi05", state_in_prompt=True, **sizes), tmp_path / "pi05")
+    _, folder, rows = train(tmp_path / "run", str(tmp_path / "pi05"), script, save_model=True)
+    assert len(rows) == 2 and load_policy(folder / "checkpoint").config.variant == "pi05"
+
+
 def test_video(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(Tabletop, "max_episode_steps", 10)  # pictures take time
     _, folder, _ = train(tmp_path, checkpoint, capture_video=True, total_timesteps=360)
