@@ -604,8 +604,9 @@ def load_policy(path_or_name, device="cpu"):
         absent = [f"{s} of {key}" for key in ("state", "actions") for s in needed if s not in stats[key]]
         if absent:
             raise ValueError(f"has no {', '.join(absent)}: copy the norm_stats.json of its data there")
-        with parameters_on_meta():  # no second copy in memory, no time for initial values
-            policy = Policy(config, stats)
+        large = sum(tensor.numel() for tensor in tensors.values()) > 1e8
+        with parameters_on_meta() if large else contextlib.nullcontext():  # small ones draw initial values,
+            policy = Policy(config, stats)  # as they did when the shipped policy and the table were made
     except KeyError as error:
         fail(f"checkpoint '{path_or_name}' is neither a pi0 nor a pi0.5: missing {openpi_key(error.args[0])}")
     except PickleError:  # torch's own message says how to run what is in there
