@@ -105,7 +105,7 @@ def measure(args, profiler=None):
         flow_sde_ppo.main(replace(train, run_dir=folder))
         (run,) = Path(folder).iterdir()
         with open(run / "metrics.csv") as file:
-            rows = list(csv.DictReader(file))[args.warmup :]
+            rows = list(csv.DictReader(file))[args.warmup : iterations]
     result |= {
         part: sum(float(row[f"time/{part}"]) for row in rows) for part in ("rollout", "encode", "update")
     }
