@@ -277,7 +277,7 @@ def update(agent, optimizer, batch, args, generator):
             break
     metrics = {name: np.mean([log[name] for log in logs]) for name in terms}
     metrics |= {"flow/grad_norm": grad_norm.item()}
-    explained = 1 - (returns - old_value)[alive].var() / returns[alive].var()
+    explained = 1 - (returns - old_value)[alive].var(correction=0) / returns[alive].var(correction=0)
     metrics |= {"losses/explained_variance": explained.item()}
     return metrics
 
