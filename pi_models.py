@@ -493,7 +493,7 @@ def read_stats(folder, tensors):
         names = ", ".join(str(file.relative_to(folder)) for file in files)
         raise ValueError(f"has several norm_stats.json ({names}): copy the right one up into the folder")
     if files:
-        return json.loads(files[0].read_text())["norm_stats"]
+        return dict(json.loads(files[0].read_text())).get("norm_stats", {})
     for file in sorted(folder.glob("policy_p*_normalizer_processor.safetensors")):
         tensors = tensors | load_file(file)
     stats = {"state": {}, "actions": {}}
@@ -601,7 +601,8 @@ def load_policy(path_or_name, device="cpu"):
         config = read_config(tensors, dict(json.loads(file.read_text())) if file.is_file() else {})
         stats = read_stats(folder, theirs)
         needed = ("q01", "q99") if config.variant == "pi05" else ("mean", "std")
-        absent = [f"{s} of {key}" for key in ("state", "actions") for s in needed if s not in stats[key]]
+        wanted = [(key, s) for key in ("state", "actions") for s in needed]
+        absent = [f"{s} of {key}" for key, s in wanted if s not in stats.get(key, {})]
         if absent:
             raise ValueError(f"has no {', '.join(absent)}: copy the norm_stats.json of its data there")
         large = sum(tensor.numel() for tensor in tensors.values()) > 1e8
@@ -627,11 +628,13 @@ def load_policy(path_or_name, device="cpu"):
     if problems:
         listed = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         fail(f"checkpoint '{path_or_name}' is of another architecture: {listed}")
+    # what is trained in fp32; what is frozen all in the dtype of its projections, bf16 stays bf16
     theirs.clear()  # from here on a tensor goes as its copy comes
-    trained = {key for key, parameter in policy.named_parameters() if parameter.requires_grad}
-    for key in ours:  # what is trained in fp32; what is frozen as it is stored, bf16 stays bf16
-        tensor = tensors.pop(key)
-        policy.load_state_dict({key: tensor.float() if key in trained else tensor}, strict=False, assign=True)
+    frozen = tensors["language_model.layers.0.self_attn.q_proj.weight"].dtype
+    for key, parameter in list(policy.named_parameters()):
+        module, _, name = key.rpartition(".")
+        tensor = tensors.pop(key).to(torch.float32 if parameter.requires_grad else frozen)
+        setattr(policy.get_submodule(module), name, nn.Parameter(tensor, parameter.requires_grad))
     if (folder / "tokenizer.json").is_file():
         try:
             policy.tokenizer_json = (folder / "tokenizer.json").read_text()

@@ -132,6 +132,17 @@ def test_bf16(tmp_path, layout, variant):
         assert 1e-4 < error < 0.03
 
 
+@torch.no_grad()
+def test_mixed_dtypes(tmp_path):
+    """openpi's bf16 files have norms and position embeddings in fp32; the VLM computes in one dtype."""
+    folder = lay(tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(folder / ONE)
+    wide = {key: tensors[key].float() for key in tensors if "norm" in key or "embeddings" in key}
+    save_file(tensors | wide, folder / ONE)
+    policy = load_policy(folder)
+    assert 10 < len(wide) and policy.encode(reference("pi0").inputs).kv.dtype == torch.bfloat16
+
+
 def test_value_head_of_another_kind(tmp_path, capsys):
     """RLinf's V_vlm reads no state, and pi0.5's critic is wider: the policy is taken, the head is not."""
     for i, shape in enumerate([(512, 48), (1024, 32)]):
@@ -230,6 +241,7 @@ DAMAGE = {  # what is wrong: (layout, how, what the message has to say)
         "openpi", lambda folder: save_file({"action_in_proj.weight": torch.zeros(8, 7)}, folder / ONE),
         "neither a pi0 nor a pi0.5",
     ),
+    "empty statistics": ("openpi", lambda folder: (folder / NORM_STATS).write_text("{}"), "no mean of"),
     "two statistics": (
         "openpi", lambda folder: shutil.copytree(folder / "assets", folder / "b"), "several norm_stats.json",
     ),
