@@ -6,19 +6,31 @@
 
 The observation is {"images": (N, cams, H, W, 3) uint8, "state": (N, S) float32, "prompt": [str] * N}. Success
 is a true end (terminated); the step limit is not (truncated), so a value function bootstraps there from the
-observation the episode ended with, info["final_obs"]. So far there is one simulator, the built-in tabletop.
+observation the episode ended with, info["final_obs"].
+
+The tabletop is built in and computes all environments at once. The others run in processes: a class for each
+of them (MetaWorld, Libero, ManiSkill) says what differs, `Block` is some of them in one process, `Simulators`
+is all blocks. `python envs.py --check` tries each of them and says what is missing.
 """
 
 import difflib
 import functools
+import json
+import logging
 import os
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AsyncVectorEnv
 from gymnasium.vector.utils import batch_space
+
+from tabletop import EVAL_STATES, TASKS, Tabletop, select_rows
 
 
 def fail(message):
@@ -27,352 +39,538 @@ def fail(message):
     raise SystemExit(2)
 
 
-def make_envs(env_id, num_envs, seed, partial_reset=True, group_size=1):
+def make_envs(env_id, num_envs, seed, partial_reset=True, group_size=1, obs_mode="rgb", protocol="paper"):
     """`partial_reset`: an environment whose episode ended starts a new one instead of waiting for reset().
 
     `group_size`: at a reset, so many neighbours start from the same state and task. Not by a partial reset.
+    `obs_mode`: "state" is without pictures, and the state is all that the simulator tells; "fast" pictures
+    are without shadows. `protocol`: whose step limit, where openpi's or lerobot's is not the paper's.
     """
-    known = ["tabletop"] + [f"tabletop_{task}" for task in TASKS]
-    if env_id not in known:
-        nearest = difflib.get_close_matches(env_id, known) or known
+    known = ["tabletop", *(f"tabletop_{task}" for task in TASKS), *LIBERO_STEPS]
+    known += [f"metaworld_{name}" for name in (*METAWORLD, "mt10", "mt50", "ml45", "ml45_test")]
+    known += [f"maniskill_{name}" for name in SIMPLER]
+    if env_id not in known and not env_id.startswith("maniskill:"):
+        families = "tabletop", *LIBERO_STEPS, "metaworld_<task>", "maniskill_carrot", "maniskill:<Id>"
+        nearest = difflib.get_close_matches(env_id, known, n=5) or families
         fail(f"unknown env_id {env_id!r}; did you mean one of: {', '.join(nearest)}?")
     if num_envs < 1:
         fail(f"num_envs must be at least 1, got {num_envs}")
     if group_size < 1 or num_envs % group_size:
         fail(f"group_size {group_size} does not divide num_envs {num_envs}")
-    tasks = list(TASKS) if env_id == "tabletop" else [env_id.removeprefix("tabletop_")]
-    return Tabletop(tasks, num_envs, seed, partial_reset, group_size)
+    if env_id.startswith("tabletop"):
+        tasks = list(TASKS) if env_id == "tabletop" else [env_id.removeprefix("tabletop_")]
+        return Tabletop(tasks, num_envs, seed, partial_reset, group_size)
+    family, name = re.split("[_:]", env_id, maxsplit=1)
+    if family == "libero":
+        build, eval_states, train_states = functools.partial(Libero, env_id), EVAL_STATES, (0, EVAL_STATES)
+    elif family == "metaworld":
+        build = functools.partial(MetaWorld, metaworld_tasks(name))
+        eval_states = 10 if name in ("mt50", "ml45") else EVAL_STATES
+        train_states = EVAL_STATES, 2**31  # of a seeded simulator: none is an evaluation state
+    else:
+        full, eval_states = SIMPLER.get(name, (name, EVAL_STATES))
+        build = functools.partial(ManiSkill, full)
+        train_states = (0, eval_states) if name in SIMPLER else (EVAL_STATES, 2**31)
+    build = functools.partial(build, obs_mode=obs_mode, protocol=protocol)
+    states = eval_states, train_states
+    return Simulators(env_id, build, states, num_envs, seed, partial_reset, group_size)
 
 
-def select_rows(obs, rows):
-    """The observation of some of the environments; rows is an index array."""
-    return {k: [v[i] for i in rows] if isinstance(v, list) else v[rows] for k, v in obs.items()}
+# Simulators in processes ------------------------------------------------------------------------------------
+
+METAWORLD = json.loads((Path(__file__).parent / "metaworld.json").read_text())  # instruction, class, expert
+MT10 = ("reach push pick-place door-open drawer-open drawer-close button-press-topdown peg-insert-side "
+        "window-open window-close")  # fmt: skip
+ML45_TEST = "bin-picking box-close hand-insert door-lock door-unlock"
 
 
-# Tabletop: the table is [-1, 1]^2 with y up, the camera looks straight down --------------------------------
-
-RED, GREEN, BLUE, PLATE, BOWL, BUTTON, HANDLE, NOTHING = *range(7), -1
-TASKS = {  # name: (instruction, source, destination)
-    "red_plate": ("put the red block on the plate", RED, PLATE),
-    "green_plate": ("put the green block on the plate", GREEN, PLATE),
-    "blue_plate": ("put the blue block on the plate", BLUE, PLATE),
-    "red_bowl": ("put the red block in the bowl", RED, BOWL),
-    "green_bowl": ("put the green block in the bowl", GREEN, BOWL),
-    "blue_bowl": ("put the blue block in the bowl", BLUE, BOWL),
-    "stack_red_green": ("stack the red block on the green", RED, GREEN),
-    "stack_blue_red": ("stack the blue block on the red", BLUE, RED),
-    "open_drawer": ("open the drawer", HANDLE, HANDLE),
-    "press_button": ("press the button", BUTTON, BUTTON),
-}
-STEP_SIZE = 0.15  # of the gripper, per step
-FINGER_SPEED = 0.5  # fingers: 0 open, 1 closed
-GRASP_RADIUS = 0.16
-HANDLE_RADIUS = 0.18  # also the button's
-PLACE_RADIUS = 0.22
-HANDLE_Y = 0.70  # of the closed drawer
-DRAWER_LENGTH, DRAWER_OPEN = 0.40, 0.30
-EVAL_STATES, EVAL_SEED = 50, 20240  # fixed evaluation states per task
+def metaworld_tasks(name):
+    """The task of that name, or the tasks of a benchmark."""
+    some = {"mt10": MT10, "ml45_test": ML45_TEST}.get(name, name.removesuffix("-v3")).split()
+    if name in ("mt50", "ml45"):
+        return [task for task in METAWORLD if name == "mt50" or task[:-3] not in ML45_TEST.split()]
+    return [f"{task}-v3" for task in some]
 
 
-def sample_scenes(rng, n):
-    """n initial layouts: objects (n, 6, 2), x of the drawer's handle (n,), gripper (n, 2)."""
-    cell = rng.random((n, 12)).argsort(axis=1)[:, :6]  # six of 4 x 3 cells below the drawer
-    middle = np.stack([cell % 4 * 0.48 - 0.72, cell // 4 * 0.48 - 0.72], axis=-1)
-    objects = middle + rng.uniform(-0.09, 0.09, (n, 6, 2))  # any two objects are at least 0.3 apart
-    return objects, rng.uniform(-0.6, 0.6, n), rng.uniform((-0.5, -0.5), (0.5, 0.4), (n, 2))
+class MetaWorld:
+    """Sawyer arm, 50 tasks. State: end effector and gripper (4); without pictures all 39, the goal too."""
+
+    action_dim = 4
+
+    def __init__(self, tasks, obs_mode, protocol):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        self.prompts = {task: METAWORLD[task]["instruction"] for task in tasks}
+        self.tasks, self.obs_mode, self.envs, self.renderers = tasks, obs_mode, {}, {}
+        self.max_episode_steps = {"paper": 100, "openpi": 500}[protocol]
+
+    def reset(self, task, state):
+        from metaworld import env_dict, policies
+
+        self.name = self.tasks[task]
+        if self.name not in self.envs:
+            env = env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self.name}-goal-observable"](seed=0)
+            env._freeze_rand_vec, env.seeded_rand_vec = False, True  # initial positions follow env.seed
+            env.model.cam_pos[2] = 0.75, 0.075, 0.7  # of corner2, as in the public demonstrations
+            if self.obs_mode == "fast":
+                env.model.vis.quality.offsamples = env.model.light_castshadow[:] = 0
+                env.model.mat_reflectance[:] = 0
+            self.envs[self.name] = env
+        self.env, self.expert = self.envs[self.name], getattr(policies, METAWORLD[self.name]["expert"])()
+        self.env.seed(int(state))
+        self.obs, _ = self.env.reset()
+
+    def observe(self):
+        if self.obs_mode == "state":
+            return {"images": np.zeros((0, 1, 1, 3), np.uint8), "state": np.float32(self.obs)}
+        return {"images": self.render(480)[None], "state": np.float32(self.obs[:4])}
+
+    def step(self, action):
+        self.obs, _, _, _, info = self.env.step(action)
+        return float(info["success"]), bool(info["success"])
+
+    def render(self, size):
+        if (self.name, size) not in self.renderers:
+            import mujoco
+
+            self.renderers[self.name, size] = mujoco.Renderer(self.env.model, size, size)
+        renderer = self.renderers[self.name, size]
+        renderer.update_scene(self.env.data, "corner2")
+        return renderer.render()[::-1, ::-1]  # this camera hangs upside down
+
+    def expert_action(self):
+        return np.clip(self.expert.get_action(self.obs), -1, 1).astype(np.float32)
 
 
-class Tabletop(gym.vector.VectorEnv):
-    """A gripper, three blocks, a plate, a bowl, a button and a drawer: ten instructions in one scene.
+LIBERO_STEPS = {  # an episode's: (the paper's, openpi's); the ten steps in which objects settle do not count
+    "libero_spatial": (240, 220), "libero_object": (320, 280), "libero_goal": (320, 300),
+    "libero_10": (480, 520), "libero_90": (400, 400),
+}  # fmt: skip
 
-    A step moves the gripper by 0.15 * action[:2] and the fingers by 0.5 * action[2]. Closing through 0.5
-    grasps the nearest block, or the drawer's handle, or presses the button; opening through 0.5 lets go. The
-    reward is 1 at the step that does what the instruction says, which ends the episode, and 0 before.
+
+def import_libero():
+    """libero.libero without the questions of its first import and without files in the user's home."""
+    user = os.environ.get("LIBERO_CONFIG_PATH")
+    with tempfile.TemporaryDirectory() as folder:  # its config.yaml must exist; nothing reads it
+        open(os.path.join(folder, "config.yaml"), "w").close()
+        os.environ["LIBERO_CONFIG_PATH"] = folder
+        try:
+            import libero.libero
+        except ImportError as error:
+            raise ValueError(f"LIBERO cannot be imported ({error}): make install") from error
+        finally:
+            os.environ.pop("LIBERO_CONFIG_PATH")
+            os.environ.update({} if user is None else {"LIBERO_CONFIG_PATH": user})
+    folder = os.environ.get("LIBERO_ASSETS") or libero.libero.get_assets_path()  # downloads them, once
+    if not os.path.isdir(os.path.join(folder, "scenes")):
+        advice = "unpack them and set LIBERO_ASSETS to the folder"
+        raise ValueError(f"LIBERO's assets are missing, {folder} has no scenes: {advice}")
+    libero.libero._assets_path_cache = folder  # it does not read the entry of its config file
+    return Path(libero.libero.__file__).parent
+
+
+class Libero:
+    """Franka arm, suites of ten tasks with fifty fixed initial states each.
+
+    State: position (3) and axis-angle (3) of the end effector, the two fingers. Action -1 opens the gripper.
     """
 
-    max_episode_steps = 40
+    action_dim = 7
+    # What a picture depends on. robosuite takes a step's observation in the 24th of its 25 substeps; these
+    # are noted there and drawn when asked for: its own cameras' pictures, but not one for every step.
+    POSES = "geom_xpos geom_xmat site_xpos site_xmat cam_xpos cam_xmat light_xpos light_xdir".split()
 
-    def __init__(self, tasks, num_envs, seed, partial_reset=True, group_size=1):
-        self.tasks, self.num_envs, self.partial_reset = tasks, num_envs, partial_reset
-        self.group_size = group_size
-        self.prompts = [TASKS[task][0] for task in tasks]
-        self.goals = np.array([TASKS[task][1:] for task in tasks])  # (tasks, 2): source, destination
-        mode = AutoresetMode.SAME_STEP if partial_reset else AutoresetMode.DISABLED
-        self.metadata = {"render_fps": 10, "render_modes": ["rgb_array"], "autoreset_mode": mode}
-        self.render_mode = "rgb_array"
-        self.record = 0  # k > 0: step_chunk also gives info["frames"], pictures of the first k environments
-        letters = "".join(sorted(set("".join(self.prompts))))
-        self.single_observation_space = spaces.Dict({
-            "images": spaces.Box(0, 255, (1, 32, 32, 3), np.uint8),
-            "state": spaces.Box(-1, 1, (4,), np.float32),
-            "prompt": spaces.Text(max(map(len, self.prompts)), charset=letters),
-        })
-        self.single_action_space = spaces.Box(-1, 1, (3,), np.float32)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+    def __init__(self, suite, obs_mode, protocol):
+        # robosuite loads a renderer's library when it is imported; by the name of glx, none
+        os.environ.setdefault("MUJOCO_GL", "glx" if obs_mode == "state" else "egl")
+        self.suite, self.obs_mode, self.task, self.env = suite, obs_mode, None, None
+        self.folder = import_libero()
+        from libero.libero.benchmark import task_maps
 
-        self.num_eval_states = EVAL_STATES * len(tasks)
-        scenes = sample_scenes(np.random.default_rng(EVAL_SEED), EVAL_STATES * len(TASKS))
-        rows = [list(TASKS).index(task) * EVAL_STATES + np.arange(EVAL_STATES) for task in tasks]
-        self.eval_scenes = [part[np.concatenate(rows)] for part in scenes]  # a task has the same ones alone
+        self.prompts = {task.name: task.language for task in task_maps[suite].values()}
+        self.max_episode_steps = dict(zip(("paper", "openpi"), LIBERO_STEPS[suite]))[protocol]
 
-        self.rng = np.random.default_rng(seed)
-        n = num_envs
-        self.objects = np.zeros((n, 6, 2))
-        self.gripper = np.zeros((n, 2))
-        self.fingers, self.handle_x, self.opening = np.zeros((3, n))
-        self.held, self.task, self.length = np.zeros((3, n), int)
-        self.order = np.zeros((n, 3), int)  # blocks from the lowest to the topmost
-        self.pressed, self.alive, self.success = np.zeros((3, n), bool)
-        self.started = False
+    def _build(self, task):
+        import torch
+
+        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # three lines about macros per process
+        try:
+            from libero.libero.envs.env_wrapper import ControlEnv
+            from robosuite.utils.observables import Observable, sensor
+        except (ImportError, AttributeError) as error:  # AttributeError: PyOpenGL did not find its library
+            advice = "apt-get install libegl1 libosmesa6 libgl1-mesa-dri, MUJOCO_GL=egl or, on a CPU, osmesa"
+            raise ValueError(f"LIBERO cannot be imported ({error}): {advice}") from error
+        if self.env is not None:
+            self.env.close()
+        name = list(self.prompts)[task]
+        self.env = ControlEnv(
+            bddl_file_name=f"{self.folder}/bddl_files/{self.suite}/{name}.bddl",
+            use_camera_obs=False, has_offscreen_renderer=False,
+            ignore_done=True,  # how long an episode lasts is decided in Block
+            hard_reset=False,  # a reset keeps the compiled scene
+        )  # fmt: skip
+        numpy = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
+        with torch.serialization.safe_globals(numpy):  # arrays, and nothing else
+            file = f"{self.folder}/init_files/{self.suite}/{name}.pruned_init"
+            self.states, self.task = torch.load(file, weights_only=True), task  # (50, 1 + nq + nv)
+
+        @sensor(modality="poses")
+        def note_poses(_):
+            self.poses = {name: getattr(self.env.sim.data, name).copy() for name in self.POSES}
+            return np.zeros(1)
+
+        robosuite, needed = self.env.env, ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+        robosuite._observables = {name: robosuite._observables[name] for name in needed}
+        robosuite.add_observable(Observable("poses", note_poses))
+
+    def reset(self, task, state):
+        if task != self.task:
+            self._build(task)
+        from robosuite.utils.errors import RandomizationError
+
+        np.random.seed(state)  # the furniture is no part of the initial state: a reset draws it, within 1 cm
+        while True:
+            try:
+                self.env.env.reset()  # LIBERO's own reset() retries after any error, so some hang for ever
+                break
+            except RandomizationError:  # objects did not fit where they were drawn
+                pass
+        self.env.robots[0].gripper.current_action = np.zeros(1)  # the last episode's, as the scene was kept
+        self.obs = self.env.set_init_state(self.states[state])
+        for _ in range(10):  # objects settle, the gripper opens
+            self.step([0, 0, 0, 0, 0, 0, -1])
+
+    def step(self, action):
+        self.obs, reward, success, _ = self.env.step(np.asarray(action, np.float64))
+        return float(reward), bool(success)
+
+    def observe(self):
+        quat = self.obs["robot0_eef_quat"]  # x, y, z, w
+        cos = np.clip(quat[3], -1, 1)  # of half the angle, which is in [0, 2 pi]: not the shorter way
+        sin = np.sqrt(1 - cos * cos)
+        axis_angle = quat[:3] / sin * 2 * np.arccos(cos) if sin > 0 else np.zeros(3)
+        state = np.concatenate([self.obs["robot0_eef_pos"], axis_angle, self.obs["robot0_gripper_qpos"]])
+        images = np.zeros((0, 1, 1, 3), np.uint8)
+        if self.obs_mode != "state":  # the checkpoints were trained on mirrored pictures
+            cameras = ("agentview", "robot0_eye_in_hand")
+            images = np.stack([self.render(256, camera)[:, ::-1] for camera in cameras])
+        return {"images": images, "state": state.astype(np.float32)}
+
+    def render(self, size, camera="agentview"):
+        """The scene as the camera sees it, upright: left is the left of LIBERO's instructions."""
+        sim = self.env.sim
+        if sim._render_context_offscreen is None:
+            from robosuite.utils.binding_utils import MjRenderContextOffscreen
+
+            if self.obs_mode == "fast":  # before the context, which reads offsamples once
+                sim.model.vis.quality.offsamples = 0
+                sim.model.light_castshadow[:], sim.model.mat_reflectance[:] = 0, 0
+            MjRenderContextOffscreen(sim, device_id=-1).vopt.geomgroup[0] = 0  # no collision shapes
+        sim._render_context_offscreen.gl_ctx.make_current()
+        for name, value in self.poses.items():
+            getattr(sim.data, name)[:] = value  # the next step computes them anew
+        return sim.render(size, size, camera_name=camera)[::-1]  # OpenGL's first row is the lowest
+
+
+SIMPLER = {  # the WidowX tasks, and how many layouts they have
+    "carrot": ("PutCarrotOnPlateInScene-v1", 24),
+    "spoon": ("PutSpoonOnTableClothInScene-v1", 24),
+    "eggplant": ("PutEggplantInBasketScene-v1", 64),
+    "cube": ("StackGreenCubeOnYellowCubeBakedTexInScene-v1", 24),
+}
+
+
+def check_maniskill(env_id, obs_mode):
+    """The backend that renders; a ValueError, one line, if this environment could not be built here."""
+    try:
+        import mani_skill.envs
+        import sapien
+    except ImportError as error:
+        raise ValueError(f"{error}: make install") from None
+    from mani_skill.utils import assets, download_asset
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    if env_id not in REGISTERED_ENVS:
+        nearest = ", ".join(difflib.get_close_matches(env_id, REGISTERED_ENVS)) or "PickCube-v1"
+        raise ValueError(f"unknown id {env_id!r}; did you mean one of: {nearest}?")
+    if obs_mode == "state" and "state" not in REGISTERED_ENVS[env_id].cls.SUPPORTED_OBS_MODES:
+        raise ValueError(f"{env_id} has pictures only, use --obs-mode rgb")
+    needed = assets.expand_data_group_into_individual_data_source_ids(env_id)
+    simpler = env_id in dict(SIMPLER.values())
+    needed += ["widowx250s"] if simpler else []  # the robot's, which the task does not list
+    missing = [name for name in needed if not assets.is_data_source_downloaded(name)]
+    if missing:
+        download = " && ".join(f"python -m mani_skill.utils.download_asset -y {name}" for name in missing)
+        where = f"no {', '.join(missing)} under {mani_skill.ASSET_DIR} (set by MS_ASSET_DIR)"
+        raise ValueError(f"{env_id} needs assets, {where}: {download}")
+
+    def refuse(question):  # ManiSkill would ask (y|n) on stdin, for a robot's assets even while building
+        raise ValueError(f"{question} Use: python -m mani_skill.utils.download_asset")
+
+    download_asset.prompt_yes_no = refuse
+    for backend, device in {"gpu": "cuda", "cpu": "pci:0"}.items():  # "cpu" says no even where it renders
+        try:
+            if sapien.Device(device).can_render():
+                return backend
+        except RuntimeError:  # there is no such device
+            pass
+    install = "on Debian 12: apt-get install -t bookworm-backports mesa-vulkan-drivers"
+    raise ValueError(f"needs a Vulkan device even without pictures, a GPU's or that of Mesa 25; {install}")
+
+
+class ManiSkill:
+    """Any task of ManiSkill that says what success is. SIMPLER: WidowX arm before a photograph, one camera.
+
+    Its state is six joints and two fingers, action 1 opens the gripper and 0 closes it, 0.1 for a grasp.
+    """
+
+    def __init__(self, env_id, obs_mode, protocol):
+        backends = {"sim_backend": "physx_cpu", "render_backend": check_maniskill(env_id, obs_mode)}
+        import mani_skill
+        from mani_skill.utils.registration import REGISTERED_ENVS
+
+        mani_skill.logger.setLevel("ERROR")  # otherwise two lines of warnings at every reset
+        self.simpler, spec = env_id in dict(SIMPLER.values()), REGISTERED_ENVS[env_id]
+        self.max_episode_steps = 48 if self.simpler and protocol == "paper" else spec.max_episode_steps
+        modes = spec.cls.SUPPORTED_OBS_MODES  # the photograph needs the segmentation
+        rgb = "rgb+segmentation" if "rgb+segmentation" in modes else "rgb"
+        self.env = spec.make(num_envs=1, obs_mode="state" if obs_mode == "state" else rgb, **backends)
+        if "success" not in self.env.get_info():
+            raise ValueError(f"{env_id} does not say what success is")
+        self.action_dim = self.env.single_action_space.shape[0]
+        words = re.sub("(?<=[a-z0-9])(?=[A-Z])", " ", env_id.rsplit("-v", 1)[0]).lower()
+        self.prompts = {env_id: getattr(self.env, "get_language_instruction", lambda: [words])()[0]}
+
+    def reset(self, task, state):
+        # SIMPLER's objects settle with the robot where the last episode left it: a new scene forgets that
+        options = {"episode_id": int(state), "reconfigure": True} if self.simpler else {}
+        self.obs, self.info = self.env.reset(seed=int(state), options=options)
+        self.grasped = False
+
+    def observe(self):
+        if self.obs is None:  # with info: otherwise SIMPLER's count of consecutive grasps would go up
+            self.obs = self.env.get_obs(self.info)
+        if self.env.obs_mode == "state":
+            return {"images": np.zeros((0, 1, 1, 3), np.uint8), "state": np.float32(self.obs[0].numpy())}
+        images = [camera["rgb"][0].numpy() for camera in self.obs["sensor_data"].values()]
+        state = self.env.agent.robot.get_qpos()
+        if not self.simpler:
+            from mani_skill.utils.common import flatten_state_dict
+
+            state = flatten_state_dict({k: self.obs[k] for k in ("agent", "extra")}, use_torch=True)
+        return {"images": np.stack(images), "state": np.float32(state[0].numpy())}
+
+    def step(self, action):
+        """ManiSkill's own step without its observation, which draws a picture, and without its reward."""
+        action = np.array(action, np.float32)
+        if self.simpler:
+            action[6] = 1 if action[6] > 0.5 else -1
+        self.env._step_action(action)
+        self.env._elapsed_steps += 1
+        self.obs, self.info = None, self.env.get_info()
+        success = bool(self.info["success"])
+        reward = float(success)
+        if self.simpler and self.info["is_src_obj_grasped"] and not self.grasped:  # once in an episode
+            self.grasped, reward = True, reward + 0.1
+        return reward, success
+
+    def render(self, size):
+        from PIL import Image
+
+        # SIMPLER's camera for people lacks the photograph behind the robot
+        picture = self.observe()["images"][0] if self.simpler else self.env.render_rgb_array()[0].numpy()
+        return np.asarray(Image.fromarray(picture).resize((size, size)))
+
+
+class Block(gym.Env):
+    """Some simulators in one process, stepped one after the other: to AsyncVectorEnv one environment."""
+
+    def __init__(self, build, observation_space, action_space, index, count):
+        self.build, self.rows, self.count = build, slice(index * count, (index + 1) * count), count
+        self.observation_space, self.action_space = observation_space, action_space
+        self.simulators, self.record, self.frames = [], 0, []  # built when they are needed
+        self.obs = {key: np.zeros(box.shape, box.dtype) for key, box in observation_space.items()}
+        self.task, self.state, self.length = np.zeros((3, count), int)
+        self.alive = np.zeros(count, bool)
+
+    def _tell(self, row, error):
+        """The error of a simulator, with what is needed to meet it again."""
+        where = f"task {self.task[row]}, initial state {self.state[row]}, step {self.length[row]}"
+        return RuntimeError(f"{where}: {type(error).__name__}: {str(error).strip()}")
+
+    def _observe(self, row):
+        for key, value in self.simulators[row].observe().items():
+            self.obs[key][row] = value
 
     def reset(self, *, seed=None, options=None):
-        options = dict(options or {})
-        eval_states = options.pop("eval_states", None)
-        if options:
-            raise ValueError(f"reset options: expected eval_states, got {', '.join(options)}")
+        """Begins the episodes options["task"], options["state"] where options["begin"]; each (N,)."""
+        if not self.simulators:
+            self.simulators = [self.build() for _ in range(self.count)]
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(1)
+        begin, self.task, self.state = (options[key][self.rows] for key in ("begin", "task", "state"))
+        self.length[begin], self.alive[begin] = 0, True
+        for row in np.flatnonzero(begin):
+            try:
+                self.simulators[row].reset(self.task[row], self.state[row])
+                self._observe(row)
+            except Exception as error:
+                raise self._tell(row, error) from None
+        return self.obs, {}
+
+    def step(self, actions):
+        """A chunk (count, C, D). Pictures for the policy are drawn once, after it."""
+        success, reward = np.zeros(self.count, bool), np.zeros(actions.shape[:2], np.float32)
+        film = [[] for _ in range(self.record)]
+        for row, simulator in enumerate(self.simulators):
+            try:
+                for c in range(actions.shape[1] * self.alive[row]):
+                    reward[row, c], success[row] = simulator.step(np.clip(actions[row, c], -1, 1))
+                    self.length[row] += 1
+                    if row < self.record:
+                        film[row].append(simulator.render(256))
+                    if success[row] or self.length[row] >= simulator.max_episode_steps:
+                        break
+                if self.alive[row]:
+                    self._observe(row)
+                elif row < self.record:
+                    film[row].append(simulator.render(256))
+            except Exception as error:
+                raise self._tell(row, error) from None
+        self.frames = [[f[min(c, len(f) - 1)] for f in film] for c in range(actions.shape[1])]
+        truncated = self.alive & ~success & (self.length >= simulator.max_episode_steps)
+        self.alive &= ~(success | truncated)
+        told = {"reward": reward, "terminated": success, "truncated": truncated, "length": self.length.copy()}
+        return self.obs, 0.0, False, False, told
+
+    def expert_action(self):
+        return np.stack([simulator.expert_action() for simulator in self.simulators])
+
+
+class Simulators(gym.vector.VectorEnv):
+    """Simulators in at most as many processes as there are cores. An episode: a task and an initial state."""
+
+    def __init__(self, env_id, build, states, num_envs, seed, partial_reset, group_size):
+        self.env_id, self.num_envs = env_id, num_envs
+        self.partial_reset, self.group_size = partial_reset, group_size
+        self.eval_states, self.train_states = states  # how many per task, and a range
+        try:  # the first one here, where an error can be told in a line
+            simulator = build()
+            simulator.reset(0, 0)
+            shown = simulator.observe()
+        except Exception as error:
+            fail(f"{env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        self.max_episode_steps, dim = simulator.max_episode_steps, simulator.action_dim
+        self.tasks, self.prompts = list(simulator.prompts), list(simulator.prompts.values())
+        self.num_eval_states = self.eval_states * len(self.tasks)
+        self.num_eval_envs = min(self.num_eval_states, num_envs)  # at once
+        self.single_observation_space = spaces.Dict({
+            "images": spaces.Box(0, 255, shown["images"].shape, np.uint8),
+            "state": spaces.Box(-np.inf, np.inf, shown["state"].shape, np.float32),
+        })
+        self.single_action_space = spaces.Box(-1, 1, (dim,), np.float32)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        cores = len(os.sched_getaffinity(0))
+        workers = max(n for n in range(1, min(cores, num_envs) + 1) if num_envs % n == 0)
+        size = num_envs // workers
+        parts = batch_space(self.single_observation_space, size), batch_space(self.single_action_space, size)
+        self.blocks = [functools.partial(Block, build, *parts, i, size) for i in range(workers)]
+        self.processes = None  # from a reset() to a close()
+        self.on_failure = None  # called before the end when a simulator breaks down
+        self.metadata, self.record, self.recorded = {"render_fps": 10}, 0, 0
+        self.rng = np.random.default_rng(seed)
+        self.task, self.state, self.length = np.zeros((3, num_envs), int)
+        self.alive, self.success = np.zeros((2, num_envs), bool)
+        self.returned = np.zeros(num_envs, np.float32)
+
+    def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.rng = np.random.default_rng(seed)
-        if eval_states is not None:
-            index = np.asarray(eval_states)
-            if index.shape != (self.num_envs,) or index.min() < 0 or index.max() >= self.num_eval_states:
-                expected = f"{self.num_envs} indices from 0 to {self.num_eval_states - 1}"
-                raise ValueError(f"eval_states: expected {expected}, got {eval_states}")
-            task, scenes = index // EVAL_STATES, [part[index] for part in self.eval_scenes]
+        eval_states = (options or {}).get("eval_states")
+        if eval_states is None:
+            task, state = (x.repeat(self.group_size) for x in self._draw(self.num_envs // self.group_size))
         else:
-            groups = self.num_envs // self.group_size
-            task = self.rng.integers(len(self.tasks), size=groups).repeat(self.group_size)
-            scenes = [part.repeat(self.group_size, axis=0) for part in sample_scenes(self.rng, groups)]
-        self._begin(np.arange(self.num_envs), task, scenes)
-        self.started = True
-        return self._observe(), {}
+            task, state = np.divmod(np.asarray(eval_states), self.eval_states)
+        if self.processes is None:
+            gym.logger.min_level = gym.logger.ERROR + 1  # it would print the workers' tracebacks
+            self.processes, self.recorded = AsyncVectorEnv(self.blocks, context="forkserver"), 0
+        return self._begin(np.ones(self.num_envs, bool), task, state), {}
 
-    def _begin(self, rows, task, scenes):
-        self.objects[rows], self.handle_x[rows], self.gripper[rows] = scenes
-        self.task[rows], self.held[rows], self.order[rows] = task, NOTHING, [RED, GREEN, BLUE]
-        self.fingers[rows] = self.opening[rows] = self.length[rows] = 0
-        self.pressed[rows], self.success[rows], self.alive[rows] = False, False, True
+    def _draw(self, n):
+        """Task and initial state of n training episodes."""
+        return self.rng.integers(len(self.tasks), size=n), self.rng.integers(*self.train_states, size=n)
 
-    def _observe(self, rows=slice(None)):
-        """Pictures, state (x, y, fingers, holding something; all in [-1, 1]) and instructions."""
-        holding = np.where(self.held[rows] == NOTHING, -1, 1)
-        state = np.column_stack([self.gripper[rows], 2 * self.fingers[rows] - 1, holding]).astype(np.float32)
-        prompt = [self.prompts[task] for task in self.task[rows]]
-        return {"images": self.render(32, rows)[:, None], "state": state, "prompt": prompt}  # one camera
+    def _begin(self, rows, task, state):
+        self.task[rows], self.state[rows] = task, state
+        self.length[rows], self.alive[rows], self.success[rows], self.returned[rows] = 0, True, False, 0
+        options = {"begin": rows, "task": self.task, "state": self.state}
+        return self._observation(self._ask("reset", options=options)[0])
+
+    def _ask(self, method, *args, **kwargs):
+        """A method of all processes. If one breaks down, all are ended, and the run with them."""
+        try:
+            return getattr(self.processes, method)(*args, **kwargs)
+        except (RuntimeError, EOFError, OSError) as error:
+            what = str(error)
+            if not isinstance(error, RuntimeError):
+                codes = [process.exitcode for process in self.processes.processes if not process.is_alive()]
+                what = f"a process ended with exit code {codes} in tasks {sorted(set(self.task.tolist()))}"
+            self.close()
+            if self.on_failure:
+                self.on_failure()
+            fail(f"{self.env_id} broke down, {what}")
+
+    def _observation(self, obs):
+        obs = {key: value.reshape(self.num_envs, *value.shape[2:]) for key, value in obs.items()}
+        return obs | {"prompt": [self.prompts[task] for task in self.task]}
 
     def step_chunk(self, actions):
-        """Executes actions (N, C, 3) in turn; an environment whose episode ends midway ignores the rest."""
-        actions = np.asarray(actions, np.float64)
-        if actions.ndim != 3 or actions.shape[::2] != (self.num_envs, 3):
-            raise ValueError(f"actions: expected shape ({self.num_envs}, chunk_len, 3), got {actions.shape}")
-        if not self.started:
+        """Executes actions (N, C, D) in turn; an environment whose episode ends midway ignores the rest."""
+        actions, size = np.asarray(actions, np.float32), self.num_envs // len(self.blocks)
+        if actions.ndim != 3 or actions.shape[::2] != self.action_space.shape:
+            expected = f"({self.num_envs}, chunk_len, {self.action_space.shape[1]})"
+            raise ValueError(f"actions: expected shape {expected}, got {actions.shape}")
+        if self.processes is None:
             raise gym.error.ResetNeeded("call reset() before step_chunk()")
-        began, before, frames = self.alive.copy(), self.length.copy(), []
-        reward = np.zeros(actions.shape[:2], np.float32)
-        terminated, truncated = np.zeros((2, self.num_envs), bool)
-        for c in range(actions.shape[1]):
-            success = self._step(np.clip(actions[:, c], -1, 1))
-            reward[success, c] = 1
-            terminated |= success
-            truncated |= self.alive & ~success & (self.length >= self.max_episode_steps)
-            self.alive &= ~(terminated | truncated)
-            if self.record:
-                frames.append(self.render(rows=slice(self.record)))
+        if self.record != self.recorded:
+            counts = [int(np.clip(self.record - i * size, 0, size)) for i in range(len(self.blocks))]
+            self._ask("set_attr", "record", counts)
+            self.recorded = self.record
+        obs, _, _, _, told = self._ask("step", actions.reshape(-1, size, *actions.shape[1:]))
+        obs, names = self._observation(obs), ("reward", "terminated", "truncated", "length")
+        told = [told[name].reshape(self.num_envs, *told[name].shape[2:]) for name in names]
+        began, before, (reward, terminated, truncated, self.length) = self.alive.copy(), self.length, told
+        self.returned += reward.sum(axis=1)
         self.success |= terminated
-        obs, ended = self._observe(), np.flatnonzero(terminated | truncated)
+        self.alive &= ~(terminated | truncated)
         info = {
             "success": self.success.copy(),  # of the episode that was stepped, like the next three
             "task": self.task.copy(),
             "episode_length": self.length.copy(),
-            "episode_return": self.success.astype(np.float32),
+            "episode_return": self.returned.copy(),
             "steps": self.length - before,  # executed in this chunk
             "alive": began,
             "final_obs": None,
         }
         if self.record:
-            info["frames"] = frames
-        if len(ended):
-            info["final_obs"] = select_rows(obs, ended)
+            films = zip(*self._ask("call", "frames"))  # a list per step, of lists per block
+            info["frames"] = [np.stack(sum(parts, [])) for parts in films]
+        ended = terminated | truncated
+        if ended.any():
+            info["final_obs"] = select_rows(obs, np.flatnonzero(ended))
             if self.partial_reset:
-                task = self.rng.integers(len(self.tasks), size=len(ended))
-                self._begin(ended, task, sample_scenes(self.rng, len(ended)))
-                new = self._observe(ended)
-                obs["images"][ended], obs["state"][ended] = new["images"], new["state"]
-                for n, prompt in zip(ended, new["prompt"]):
-                    obs["prompt"][n] = prompt
+                obs = self._begin(ended, *self._draw(ended.sum()))
         return obs, reward, terminated, truncated, info
 
-    def step(self, actions):
-        obs, reward, terminated, truncated, info = self.step_chunk(np.asarray(actions)[:, None])
-        return obs, reward[:, 0], terminated, truncated, info
-
-    def _step(self, action):
-        """One step of the environments that are alive; which of them reached their goal by it (N,)."""
-        alive, every = self.alive, np.arange(self.num_envs)
-        self.length += alive
-        action = np.where(alive[:, None], action, 0)
-        self.gripper = np.clip(self.gripper + STEP_SIZE * action[:, :2], -1, 1)
-        was_closed = self.fingers > 0.5
-        self.fingers = np.clip(self.fingers + FINGER_SPEED * action[:, 2], 0, 1)
-        closing, opening = ~was_closed & (self.fingers > 0.5), was_closed & (self.fingers <= 0.5)
-
-        distance = np.linalg.norm(self.places() - self.gripper[:, None], axis=-1)  # (N, 7)
-        nearest = distance[:, :3].argmin(axis=1)
-        block = closing & (distance[every, nearest] < GRASP_RADIUS)
-        pull = closing & ~block & (distance[:, HANDLE] < HANDLE_RADIUS)
-        self.pressed |= closing & ~block & ~pull & (distance[:, BUTTON] < HANDLE_RADIUS)
-
-        grasped = np.where(block, nearest, np.where(pull, HANDLE, self.held))
-        carried = np.flatnonzero((grasped >= RED) & (grasped <= BLUE))
-        self.objects[carried, grasped[carried]] = self.gripper[carried]
-        pulled = np.clip(HANDLE_Y - self.gripper[:, 1], 0, DRAWER_LENGTH)
-        self.opening = np.where(grasped == HANDLE, pulled, self.opening)
-        if block.any():  # the block just grasped is drawn on top from now on
-            above = np.where(self.order == nearest[:, None], 3, np.arange(3)).argsort(axis=1)
-            self.order = np.where(block[:, None], np.take_along_axis(self.order, above, axis=1), self.order)
-        slipped = (grasped == HANDLE) & (np.abs(self.gripper[:, 0] - self.handle_x) > 0.25)
-        released = np.where(opening, grasped, NOTHING)
-        self.held = np.where(opening | slipped, NOTHING, grasped)
-
-        source, destination = self.goals[self.task].T
-        places = self.places()
-        missed = np.linalg.norm(places[every, source] - places[every, destination], axis=-1)
-        placed = (source <= BLUE) & (released == source) & (missed < PLACE_RADIUS)
-        drawn = (source == HANDLE) & (self.opening >= DRAWER_OPEN)
-        return alive & (placed | drawn | ((source == BUTTON) & self.pressed))
-
-    def places(self):
-        """Privileged: where everything is (N, 7, 2): the objects and the drawer's handle."""
-        handle = np.stack([self.handle_x, HANDLE_Y - self.opening], axis=-1)
-        return np.concatenate([self.objects, handle[:, None]], axis=1)
-
-    def targets(self):
-        """Privileged: where the instruction's source and destination are, (N, 4) float32."""
-        every, (source, destination) = np.arange(self.num_envs), self.goals[self.task].T
-        places = self.places()
-        start, end = places[every, source], places[every, destination]
-        end[source == HANDLE, 1] = HANDLE_Y - DRAWER_LENGTH
-        return np.concatenate([start, end], axis=1).astype(np.float32)
-
     def expert_action(self, aim_error=0):
-        """The scripted expert: actions (N, 3) from the privileged state; aim_error (N, 4) moves its aim."""
-        source, carrying = self.goals[self.task, 0], self.held == self.goals[self.task, 0]
-        targets = self.targets() + aim_error
-        offset = np.where(carrying[:, None], targets[:, 2:], targets[:, :2]) - self.gripper
-        near = np.linalg.norm(offset, axis=1) < 0.05
-        grip = np.where(near & (self.fingers <= 0.5), 1, -1)
-        grip = np.where(carrying, np.where(near & (source != HANDLE), -1, 1), grip)
-        return np.column_stack([np.clip(offset / STEP_SIZE, -1, 1), grip]).astype(np.float32)
+        """The scripted expert: actions (N, D) from the simulator's own state."""
+        return np.concatenate(self._ask("call", "expert_action"))
 
-    def render(self, size=256, rows=slice(None)):
-        """Pictures of the present state: (rows, size, size, 3) uint8."""
-        objects, gripper, held = self.objects[rows], self.gripper[rows], self.held[rows]
-        canvas = background(size).repeat(len(held), axis=0)
-
-        top = np.column_stack([self.handle_x[rows], np.full(len(held), CABINET_Y)])
-        handle = (CABINET_Y - HANDLE_Y + self.opening[rows])[:, None, None]  # from the cabinet to the handle
-        front = handle - 0.06  # to the front panel
-        paint(canvas, top, (0.32, 0.62), lambda x, y, px: [
-            (0.35 * box(x - 0.02, y + front / 2 + 0.02, 0.24, front / 2 + 0.03, 0.08), SHADOW),
-            (box(x, y + front / 2, 0.22, front / 2, px), DRAWER),
-            (box(x, y + front / 2, 0.18, front / 2, px), INSIDE),
-            (box(x, y + front, 0.24, 0.04, px), DRAWER),
-            (box(x, y + handle, 0.13, 0.045, px), YELLOW),
-        ])
-        paint(canvas, objects[:, PLATE], (0.33, 0.33), lambda x, y, px: [
-            (0.35 * disc(x - 0.02, y + 0.03, 0.25, 0.06), SHADOW),
-            (disc(x, y, 0.25, px), WHITE * 0.86),
-            (disc(x, y, 0.235, px), WHITE),
-            (disc(x, y, 0.17, px), WHITE * 0.9),
-            (disc(x, y, 0.155, px), WHITE),
-        ])
-        paint(canvas, objects[:, BOWL], (0.30, 0.30), lambda x, y, px: [
-            (0.35 * disc(x - 0.02, y + 0.03, 0.22, 0.06), SHADOW),
-            (disc(x, y, 0.22, px), ORANGE),
-            (disc(x, y, 0.155, px), BOWL_INSIDE),
-            (0.5 * disc(x + 0.02, y - 0.03, 0.10, 0.06), BOWL_INSIDE * 1.3),
-        ])
-        down = self.pressed[rows][:, None, None]
-        paint(canvas, objects[:, BUTTON], (0.22, 0.22), lambda x, y, px: [
-            (0.35 * disc(x - 0.02, y + 0.03, 0.14, 0.06), SHADOW),
-            (disc(x, y, 0.14, px), np.where(down[..., None], CYAN, DARK)),  # lights up
-            (disc(x, y, np.where(down, 0.085, 0.105), px), MAGENTA),
-        ])
-        for block in self.order[rows].T:  # the lowest first
-            lifted = (held == block)[:, None, None]
-            half, drop = np.where(lifted, 0.135, 0.12), np.where(lifted, 0.05, 0.02)  # nearer to the camera
-            colour = BLOCKS[block][:, None, None]
-            paint(canvas, objects[np.arange(len(held)), block], (0.22, 0.22), lambda x, y, px: [
-                (0.4 * box(x - drop, y + drop, half, half, 0.06), SHADOW),
-                (box(x, y, half, half, px), colour * 0.72),
-                (box(x, y, half - 0.025, half - 0.025, px), colour),
-            ])
-        gap = np.maximum(0.20 - 0.15 * self.fingers[rows], np.where(held == NOTHING, 0, 0.15))[:, None, None]
-        paint(canvas, gripper, (0.25, 0.2), lambda x, y, px: [
-            (box(np.abs(x) - gap, y, 0.025, 0.09, px), DARK),
-            (box(x, y - 0.115, gap + 0.025, 0.025, px), DARK),
-            (box(x, y - 0.15, 0.06, 0.035, px), DARK),
-        ])
-        return (canvas + 0.5).astype(np.uint8)
-
-
-VIEW = 1.05  # the picture shows [-VIEW, VIEW]^2
-CABINET_Y = 0.80  # the cabinet's front
-TABLE, EDGE, CABINET = np.float32([(196, 178, 150), (120, 98, 74), (112, 78, 52)])
-DRAWER, INSIDE, BOWL_INSIDE = np.float32([(150, 106, 70), (58, 40, 30), (140, 70, 10)])
-WHITE, ORANGE, MAGENTA = np.float32([(250, 250, 252), (245, 140, 20), (200, 40, 220)])
-YELLOW, CYAN, DARK, SHADOW = np.float32([(250, 214, 60), (130, 255, 255), (44, 46, 52), (40, 30, 20)])
-BLOCKS = np.float32([(222, 40, 40), (40, 170, 60), (40, 90, 230)])  # red, green, blue
-
-
-@functools.cache
-def background(size):
-    """The empty table and the cabinet's top: (1, size, size, 3)."""
-    canvas = np.tile(EDGE, (1, size, size, 1))
-    paint(canvas, np.zeros((1, 2)), (VIEW, VIEW), lambda x, y, px: [
-        (box(x, y, 1, 1, px), TABLE),
-        (0.06 * (0.5 + 0.5 * np.sin(9 * y + 2 * np.sin(1.3 * x))) * box(x, y, 1, 1, px), EDGE),  # grain
-        (0.3 * box(x, y - 0.92, 1.2, 0.15, 0.06), SHADOW),
-        (box(x, y - CABINET_Y - 0.2, 1.2, 0.2, px), CABINET),
-    ])
-    return canvas
-
-
-def disc(x, y, radius, blur):
-    """Coverage of pixels at offset (x, y); `blur` is the pixel's width, or more for a soft shadow."""
-    return np.clip(0.5 + (radius - np.hypot(x, y)) / blur, 0, 1)
-
-
-def box(x, y, half_x, half_y, blur):
-    def side(d, half):  # exact for a pixel of that width, also where the box is thinner than the pixel
-        return np.clip(0.5 + (half - np.abs(d)) / blur, 0, np.minimum(1, 2 * half / blur))
-
-    return side(x, half_x) * side(y, half_y)
-
-
-def paint(canvas, centre, reach, layers):
-    """Blends layers(x, y, pixel) = [(coverage, colour), ...] into the window centre +- reach of each picture.
-
-    Only the window is read and written, which is what makes 32 pixels fast. Past the border the indices are
-    clipped: those pixels are computed more than once, with the same result.
-    """
-    n, size = canvas.shape[:2]
-    px, centre = 2 * VIEW / size, centre.astype(np.float32)
-    middle = np.stack([centre[:, 0] + VIEW, VIEW - centre[:, 1]]) / px  # (2, N): column, row
-
-    def window(middle, reach):
-        k = int(np.ceil(reach / px))
-        return np.clip(middle.astype(int)[:, None] + np.arange(-k, k + 1), 0, size - 1)
-
-    column, row = window(middle[0], reach[0]), window(middle[1], reach[1])
-    x = ((column + 0.5) - middle[0][:, None]).astype(np.float32)[:, None, :] * px
-    y = (middle[1][:, None] - (row + 0.5)).astype(np.float32)[:, :, None] * px
-    index = (np.arange(n)[:, None, None] * size + row[:, :, None]) * size + column[:, None, :]
-    pixels = canvas.reshape(-1, 3)
-    patch = pixels[index]
-    for coverage, colour in layers(x, y, np.float32(px)):
-        patch += coverage[..., None].astype(np.float32) * (colour - patch)
-    pixels[index] = patch
+    def close(self):
+        if self.processes is not None:
+            for process in self.processes.processes:
+                process.kill()
+                process.join()
+            self.processes.closed, self.processes = True, None
 
 
 def write_gif(path, frames, captions=None, fps=10):
@@ -392,3 +590,33 @@ def write_gif(path, frames, captions=None, fps=10):
     temporary = f"{path}.tmp"
     first.save(temporary, "GIF", save_all=True, append_images=others, duration=1000 // fps, loop=0)
     os.replace(temporary, path)
+
+
+def check():
+    """A table of what works here: each simulator for some steps, in a process of its own."""
+    print(f"| {'simulator':22} | {'mode':5} | result\n| {'-' * 22} | ----- | ------")
+    for trial in ("tabletop rgb", "metaworld_reach-v3 state", "metaworld_reach-v3 rgb", "libero_goal state",
+                  "libero_goal rgb", "maniskill:PickCube-v1 state", "maniskill:PickCube-v1 rgb",
+                  "maniskill_carrot rgb"):  # fmt: skip
+        command = [sys.executable, __file__, "--try", *trial.split()]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        told = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+        result = told[-1] if told else f"ended with exit code {done.returncode}"
+        print("| {:22} | {:5} |".format(*trial.split()), result.removeprefix("error: "), flush=True)
+
+
+def attempt(env_id, mode):
+    envs = make_envs(env_id, 2, 0, obs_mode=mode)
+    obs, _ = envs.reset()
+    for _ in range(2):
+        obs, *_ = envs.step_chunk(np.zeros((2, 5, *envs.single_action_space.shape)))
+    envs.close()
+    images, state, actions = obs["images"].shape[1:], obs["state"].shape[1], envs.single_action_space.shape[0]
+    print(f"works: images {images}, state {state}, actions {actions}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--try"]:
+        attempt(*sys.argv[2:])
+    else:
+        check() if sys.argv[1:] == ["--check"] else fail("use: python envs.py --check")

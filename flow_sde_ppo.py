@@ -36,96 +36,100 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs import make_envs, select_rows, write_gif
-from pi_models import Prefix, fail, load_policy, save_policy
+from pi_models import fail, load_policy, save_policy
 
 
 @dataclass
 class Args:
     # experiment
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of this experiment"""
-    seed: int = 1
-    """seed of environments, policy noise, minibatches; evaluation has its own fixed seed"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto is cuda where there is one"""
-    num_threads: int = 1
-    """CPU threads of torch; at tiny size more threads than idle cores are several times slower"""
-    run_dir: str = "runs"
-    """results go to {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
-    track: bool = False
-    """log to Weights & Biases too (pip install wandb)"""
-    capture_video: bool = False
-    """write a GIF of the first evaluation episodes at every evaluation"""
-    save_model: bool = True
-    """save the policy at the end, and every `save_freq` iterations"""
-    save_freq: int = 50
-    """iterations between checkpoints"""
-    eval_freq: int = 25
-    """iterations between deterministic evaluations on the fixed states; 0: only before and after"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of this experiment
+    seed: int = 1  # seed of environments, policy noise, minibatches; evaluation has its own fixed seed
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cuda where there is one
+    num_threads: int = 1  # CPU threads of torch; at tiny size more than there are idle cores are slower
+    run_dir: str = "runs"  # results go to {run_dir}/{env_id}__{exp_name}__{seed}__{time}
+    track: bool = False  # log to Weights & Biases too (pip install wandb)
+    capture_video: bool = False  # write a GIF of the first evaluation episodes at every evaluation
+    save_model: bool = True  # save the policy at the end, and every `save_freq` iterations
+    save_freq: int = 50  # iterations between checkpoints
+    eval_freq: int = 25  # iterations between evaluations by the ODE on the fixed states; 0: first and last
 
     # environment
-    env_id: str = "tabletop"
-    """environment; an unknown name lists the nearest ones"""
-    checkpoint: str = "checkpoints/tabletop-sft"
-    """policy to start from: a folder, or "tiny" """
-    num_envs: int = 256
-    """parallel environments"""
-    num_steps: int = 8
-    """action chunks per environment and iteration"""
-    chunk_len: int = 5
-    """actions executed per chunk, at most the policy's horizon"""
-    partial_reset: bool = True
-    """start a new episode as soon as one ends; else idle, masked, until the next iteration resets all"""
-    total_timesteps: int = 800_000
-    """environment steps (single actions, not chunks); the iteration that reaches them is the last"""
+    env_id: str = "tabletop"  # environment; an unknown name lists the nearest ones
+    model: Literal["tiny", "pi0", "pi05"] = "pi0"  # the paper's row for --env-id, see PAPER
+    checkpoint: str = "checkpoints/tabletop-sft"  # policy to start from: a folder, a hub id, or "tiny"
+    obs_mode: Literal["rgb", "fast", "state"] = "rgb"  # fast: no shadows; state: numbers, no pictures
+    eval_protocol: Literal["paper", "openpi"] = "paper"  # whose step limits
+    num_envs: int = 256  # parallel environments
+    num_steps: int = 8  # action chunks per environment and iteration
+    chunk_len: int = 5  # actions executed per chunk, at most the policy's horizon
+    partial_reset: bool = True  # begin a new episode when one ends; else idle, masked, to the iteration's end
+    total_timesteps: int = 800_000  # environment steps, not chunks; the last iteration reaches them
 
     # optimisation
-    learning_rate: float = 3e-4
-    """of the action expert"""
-    critic_learning_rate: float = 1e-3
-    """of the value head"""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """cosine ends at zero"""
-    critic_warmup: int = 2
-    """first iterations in which only the critic is trained"""
-    gamma: float = 0.95
-    """discount per chunk"""
-    gae_lambda: float = 0.9
-    """lambda of GAE, per chunk"""
-    update_epochs: int = 4
-    """passes over the batch"""
-    num_minibatches: int = 2
-    """optimiser steps per pass"""
-    micro_batch_size: int = 256
-    """chunks per forward and backward pass, accumulated over a minibatch; 0: the whole minibatch at once"""
-    clip_coef: float = 0.2
-    """clipping of the ratio; with a critic, of the value's change too"""
-    clip_vloss: bool = True
-    """clip the value loss"""
-    max_grad_norm: float = 0.5
-    """gradient norm limit; actor and critic each have it"""
-    target_kl: float | None = None
-    """end an update early when its approximate KL divergence is above this"""
-    critic: Literal["vlm", "expert"] = "vlm"
-    """V_vlm reads the VLM's output, V_expert the expert's along the denoising trajectory (Eq. 16)"""
-    critic_layers: int = 4
-    """linear layers of the value head"""
+    learning_rate: float = 3e-4  # of the action expert
+    critic_learning_rate: float = 1e-3  # of the value head
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at zero
+    critic_warmup: int = 2  # first iterations in which only the critic is trained
+    gamma: float = 0.95  # discount per chunk
+    gae_lambda: float = 0.9  # lambda of GAE, per chunk
+    update_epochs: int = 4  # passes over the batch
+    num_minibatches: int = 2  # optimiser steps per pass
+    micro_batch_size: int = 256  # chunks per backward pass, accumulated over a minibatch; 0: all at once
+    clip_coef: float = 0.2  # clipping of the ratio; with a critic, of the value's change too
+    clip_vloss: bool = True  # clip the value loss
+    max_grad_norm: float = 0.5  # gradient norm limit; actor and critic each have it
+    target_kl: float | None = None  # end an update early when its approximate KL divergence is above this
+    critic: Literal["vlm", "expert"] = "vlm"  # reads the VLM's output, or the expert's (Eq. 16)
+    critic_layers: int = 4  # linear layers of the value head
+    train: Literal["expert", "expert+lora", "all"] = "expert"  # +lora: with adapters in the VLM (5.5)
+    lora_rank: int = 32  # rank of the adapters
+    lora_alpha: int = 32  # their scale is alpha / rank
 
     # this algorithm
-    denoise_steps: int = 4
-    """K, integration steps from noise to action"""
-    noise: Literal["sde", "learned"] = "sde"
-    """of a denoise step: that of the SDE (Eq. 9) or as a noise head has learned it (Eq. 4)"""
-    noise_level: float = 1.0
-    """a, the scale of the SDE's noise (Eq. 9)"""
-    noise_std_min: float = 0.2
-    """least standard deviation of the learned noise"""
-    noise_std_max: float = 0.6
-    """greatest standard deviation of the learned noise"""
-    sde_solver: Literal["euler", "cps"] = "euler"
-    """Euler-Maruyama (Eq. 9) or Flow-CPS"""
-    mdp: Literal["hybrid", "two-layer"] = "hybrid"
-    """one random denoise step per chunk is the decision (4.2.3), or every one is (4.2.2)"""
+    denoise_steps: int = 4  # K, integration steps from noise to action
+    noise: Literal["sde", "learned"] = "sde"  # of a denoise step: the SDE's (Eq. 9) or a noise head's
+    noise_level: float = 1.0  # a, the scale of the SDE's noise (Eq. 9)
+    noise_std_min: float = 0.2  # least standard deviation of the learned noise
+    noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
+    sde_solver: Literal["euler", "cps"] = "euler"  # Euler-Maruyama (Eq. 9) or Flow-CPS
+    mdp: Literal["hybrid", "two-layer"] = "hybrid"  # one random denoise step decides (4.2.3), or all
+
+
+# The paper's Tables 7 and 8 (MetaWorld: the authors' published configuration): what --env-id, which begins
+# so, and --model choose where no flag says otherwise. Their 8 rollouts are 8 times the chunks here.
+COLUMNS = ("num_envs num_steps chunk_len num_minibatches update_epochs learning_rate critic_learning_rate "
+           "denoise_steps noise_level iterations checkpoint lr_schedule").split()  # fmt: skip
+PAPER = {
+    ("libero_spatial", "pi0"): (64, 384, 5, 12, 2, 1e-5, 1e-4, 4, 0.5, 400, "LIBERO-Spatial-Object-Goal"),
+    ("libero_object", "pi0"): (64, 512, 5, 16, 2, 5e-6, 1e-4, 4, 0.5, 400, "LIBERO-Spatial-Object-Goal"),
+    ("libero_goal", "pi0"): (64, 512, 5, 16, 4, 5e-6, 1e-4, 4, 0.5, 400, "LIBERO-Spatial-Object-Goal"),
+    ("libero_10", "pi0"): (64, 384, 10, 12, 4, 5e-6, 1e-4, 4, 0.5, 400, "LIBERO-Long"),
+    ("libero_spatial", "pi05"): (64, 384, 5, 12, 1, 5e-6, 1e-4, 3, 0.5, 400, "LIBERO"),
+    ("libero_object", "pi05"): (64, 512, 5, 16, 1, 5e-6, 1e-4, 5, 0.3, 400, "LIBERO"),
+    ("libero_goal", "pi05"): (64, 512, 5, 16, 3, 5e-6, 1e-4, 5, 0.3, 400, "LIBERO"),
+    ("libero_10", "pi05"): (64, 384, 10, 12, 4, 5e-6, 1e-4, 5, 0.5, 400, "LIBERO", "cosine"),
+    ("maniskill_cube", "pi0"): (256, 10, 5, 1, 4, 5.6e-6, 1.1e-4, 4, 0.5, 130, "ManiSkill-25Main"),
+    ("maniskill_cube", "pi05"): (256, 10, 5, 1, 4, 5.6e-6, 1.1e-4, 4, 0.5, 70, "ManiSkill-25Main"),
+    ("maniskill_", ""): (256, 10, 5, 1, 4, 5.6e-6, 1.1e-4, 4, 0.5, 40, "ManiSkill-25Main"),
+    ("metaworld_", ""): (64, 160, 5, 5, 4, 1e-5, 1e-4, 5, 0.5, 1000, "MetaWorld"),
+}
+
+
+def defaults(args):
+    """Args with the paper's row, or for the tiny policy, which knows the tabletop only, a short trial."""
+    if args.env_id.startswith("tabletop"):
+        return Args()
+    if args.model == "tiny":
+        return Args(checkpoint="tiny", num_envs=2, total_timesteps=1000)
+    rows = [row for (env, model), row in PAPER.items() if args.env_id.startswith(env) and model in args.model]
+    if not rows:
+        return Args(checkpoint="")  # has to be given
+    row = dict(zip(COLUMNS, rows[0]), gamma=0.99, gae_lambda=0.95, max_grad_norm=1.0)
+    row["checkpoint"] = f"RLinf/RLinf-{args.model.capitalize()}-{row['checkpoint']}-SFT"
+    row["total_timesteps"] = row.pop("iterations") * row["num_envs"] * row["num_steps"] * row["chunk_len"]
+    row |= dict(zip(("noise_std_min", "noise_std_max"), (0.08, 0.16) if args.model == "pi0" else (0.04, 0.1)))
+    row["critic"] = "expert" if args.model == "pi0" else "vlm"
+    return Args(**{name: value for name, value in row.items() if hasattr(Args, name)})  # GRPO has no critic
 
 
 def transition(x, velocity, tau, delta, noise_level, solver="euler"):
@@ -207,7 +211,7 @@ class Agent:
         """V(o), (B, 1); with V_expert in the two-layer MDP, V(o, A^tau) of each decision, (B, S)."""
         head, B, K = self.policy.value_head, len(prefix.mask), self.K
         if self.policy.config.critic == "vlm":
-            value = head(torch.cat([prefix.pooled, prefix.state], dim=1))
+            value = head(torch.cat([prefix.pooled.detach(), prefix.state], dim=1))
             return value[:, None].expand(B, self.num_decisions)
         with torch.no_grad():  # the critic reads the expert's features and does not shape them
             chain = self.act(prefix, generator)[0] if chain is None else chain
@@ -240,7 +244,7 @@ def update(agent, optimizer, batch, args, generator):
     names = ("chain", "denoise_idx", "logprob", "advantages")
     chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
     old_value, returns = batch.value.flatten(0, 1), batch.returns.flatten(0, 1)  # (T * N, S)
-    prefix = Prefix(*(field.flatten(0, 1) for field in batch.prefix))
+    inputs = {name: field.flatten(0, 1) for name, field in batch.inputs.items()}
     alive = batch.alive.flatten().nonzero().squeeze(1)
     advantages = (advantages - advantages[alive].mean()) / (advantages[alive].std(correction=0) + 1e-8)
     clip, logs = args.clip_coef, []
@@ -250,7 +254,8 @@ def update(agent, optimizer, batch, args, generator):
         for minibatch in order.tensor_split(min(args.num_minibatches, len(order))):
             optimizer.zero_grad()
             for rows in minibatch.split(args.micro_batch_size or len(minibatch)):
-                seen, advantage = prefix[rows], advantages[rows]
+                seen = agent.policy.encode({name: field[rows] for name, field in inputs.items()})
+                advantage = advantages[rows]
                 logprob, entropy, std = agent.evaluate_actions(seen, chain[rows], denoise_idx[rows])
                 logratio = logprob - old_logprob[rows]
                 ratio = logratio.exp()  # Eq. 15, (B, S)
@@ -276,10 +281,8 @@ def update(agent, optimizer, batch, args, generator):
         if args.target_kl is not None and np.mean(epoch_kl) > args.target_kl:
             break
     metrics = {name: np.mean([log[name] for log in logs]) for name in terms}
-    metrics |= {"flow/grad_norm": grad_norm.item()}
     explained = 1 - (returns - old_value)[alive].var(correction=0) / returns[alive].var(correction=0)
-    metrics |= {"losses/explained_variance": explained.item()}
-    return metrics
+    return metrics | {"flow/grad_norm": grad_norm.item(), "losses/explained_variance": explained.item()}
 
 
 @torch.no_grad()
@@ -313,7 +316,7 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0):
 def main(args):
     # -- the user's mistakes, before anything is written
     for count in ("num_threads num_envs num_steps chunk_len total_timesteps update_epochs num_minibatches "
-                  "save_freq denoise_steps").split():  # fmt: skip
+                  "save_freq denoise_steps critic_layers").split():  # fmt: skip
         if getattr(args, count) < 1:
             fail(f"--{count.replace('_', '-')} must be at least 1")
     batch_size, low, high = args.num_envs * args.num_steps, args.noise_std_min, args.noise_std_max
@@ -323,21 +326,24 @@ def main(args):
         (not 0 < low <= high, "--noise-std-min must be above 0 and at most --noise-std-max"),
         (batch_size % args.num_minibatches,
          f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"),
-        (args.critic_layers < 1, "--critic-layers must be at least 1"),
         (args.micro_batch_size < 0, "--micro-batch-size must not be negative; 0: a whole minibatch at once"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:  # fmt: skip
         if wrong:
             fail(message)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.num_threads)
-    envs = make_envs(args.env_id, args.num_envs, args.seed, args.partial_reset)
-    eval_envs = make_envs(args.env_id, min(envs.num_eval_states, 250), args.seed, partial_reset=False)
+    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol}
+    envs = make_envs(args.env_id, args.num_envs, args.seed, args.partial_reset, **mode)
+    eval_envs = make_envs(args.env_id, envs.num_eval_envs, args.seed, False, **mode)
     torch.manual_seed(args.seed)  # initial weights of the heads
     policy = load_policy(args.checkpoint, device)
+    if args.checkpoint == "tiny" and not args.env_id.startswith("tabletop"):  # whose robot it knows
+        policy.fit_robot(envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0])
     if args.chunk_len > policy.config.horizon:
         fail(f"--chunk-len {args.chunk_len} is larger than the policy's horizon, {policy.config.horizon}")
     policy.fit_prompts(envs.prompts)
+    policy.set_trained(args.train, args.lora_rank, args.lora_alpha)
     policy.need_value_head(args.critic, args.critic_layers)
     if args.noise == "learned":
         policy.need_noise_head(low, high)
@@ -351,7 +357,7 @@ def main(args):
     try:
         os.makedirs(folder)
         with open(os.path.join(folder, "args.json"), "w") as file:
-            json.dump(asdict(args), file, indent=1)
+            print(json.dumps(asdict(args), indent=1), file=file)
     except OSError as error:
         fail(f"--run-dir {args.run_dir} cannot be written: {error.strerror}")
     if args.track:
@@ -359,6 +365,7 @@ def main(args):
 
         wandb.init(project="piRL", name=run_name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(folder)
+    print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(args).items()))
 
     def now():
         if device == "cuda":
@@ -366,11 +373,18 @@ def main(args):
         return time.perf_counter()
 
     @torch.no_grad()
-    def encode(obs):
-        return policy.encode(policy.preprocess(obs))
+    def encode(obs):  # also what the update needs: a frozen VLM's prefix itself, or else its inputs
+        inputs = policy.preprocess(obs)
+        prefix = policy.encode(inputs)
+        return prefix, inputs if policy.vlm_trained else prefix._asdict()
+
+    def save():
+        card = f"# {run_name}\n\nFrom {args.checkpoint}, {global_step} steps, see args.json.\n"
+        save_policy(policy, f"{folder}/checkpoint", card)
 
     def log_evaluation():
         result = evaluate(agent, eval_envs, record=6 if args.capture_video else 0)
+        eval_envs.close()  # ends its processes until the next evaluation
         if args.capture_video:
             frames = [np.hstack(frame) for frame in result["frames"]]
             write_gif(f"{folder}/eval_{global_step}.gif", frames, "   |   ".join(eval_envs.prompts[:6]))
@@ -378,19 +392,19 @@ def main(args):
 
     # -- separate generators: the environment's own, policy noise, minibatches, and a fixed one in evaluate
     policy_rng, shuffle_rng = (torch.Generator(device).manual_seed(2 * args.seed + i) for i in range(2))
+    envs.on_failure = save if args.save_model else None  # when a simulator breaks down
     obs, _ = envs.reset()
-    prefix = encode(obs)
+    prefix, inputs = encode(obs)
 
     def storage(*shape, dtype=torch.float32):
         return torch.zeros((args.num_steps, args.num_envs, *shape), dtype=dtype, device=device)
 
     S, c = agent.num_decisions, policy.config
     batch = SimpleNamespace(
-        prefix=Prefix(*(storage(*field.shape[1:], dtype=field.dtype) for field in prefix)),
+        inputs={name: storage(*field.shape[1:], dtype=field.dtype) for name, field in inputs.items()},
         chain=storage(args.denoise_steps + 1, c.horizon, c.action_dim),  # (T, N, K+1, H, D)
         denoise_idx=storage(agent.num_stochastic, dtype=torch.long),
-        logprob=storage(S), reward=storage(),
-        value=storage(S), final_value=storage(),
+        logprob=storage(S), value=storage(S), reward=storage(), final_value=storage(),
         **{name: storage(dtype=torch.bool) for name in ("terminated", "truncated", "alive")},
     )  # fmt: skip
     iteration, global_step, curve = 0, 0, []
@@ -407,13 +421,13 @@ def main(args):
             group["lr"] = rate * (cosine if args.lr_schedule == "cosine" else 1)
         if not envs.partial_reset and iteration > 1:
             obs, _ = envs.reset()
-            prefix = encode(obs)
+            prefix, inputs = encode(obs)
 
         # -- rollout: every observation is encoded once, here, and its prefix serves all epochs of the update
         for t in range(args.num_steps):
             chain, denoise_idx, logprob = agent.act(prefix, policy_rng)
-            for buffer, field in zip(batch.prefix, prefix):
-                buffer[t] = field
+            for name, field in inputs.items():
+                batch.inputs[name][t] = field
             batch.chain[t], batch.denoise_idx[t], batch.logprob[t] = chain, denoise_idx, logprob
             batch.value[t] = agent.value(prefix, chain).detach()
             actions = policy.postprocess(chain[:, -1], obs)[:, : args.chunk_len]  # (N, chunk_len, action_dim)
@@ -427,10 +441,10 @@ def main(args):
             global_step += int(info["steps"].sum())
             tick = now()
             if truncated.any():  # what the time limit cut off is worth V(final observation)
-                final = encode(select_rows(info["final_obs"], np.flatnonzero(truncated[done])))
+                final, _ = encode(select_rows(info["final_obs"], np.flatnonzero(truncated[done])))
                 final_value = agent.value(final, generator=policy_rng)[:, 0].detach()
                 batch.final_value[t, batch.truncated[t]] = final_value
-            prefix = encode(obs)
+            prefix, inputs = encode(obs)
             encode_time += now() - tick
         next_value = agent.value(prefix, generator=policy_rng)[:, 0].detach()  # (N,)
         rolled = now()
@@ -446,16 +460,11 @@ def main(args):
         # -- logs, evaluation, checkpoint
         if episodes:
             success_once, episodic_return, episodic_length = np.mean(episodes, axis=0)
-        metrics |= {
-            "charts/success_once": success_once,  # of the episodes that ended now, with exploration noise
-            "charts/episodic_return": episodic_return,
-            "charts/episodic_length": episodic_length,
-            "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "charts/SPS": (global_step - step_before) / (updated - began),
-            "time/rollout": rolled - began - encode_time,
-            "time/encode": encode_time,
-            "time/update": updated - rolled,
-        }
+        charts = {"success_once": success_once, "episodic_return": episodic_return}  # with exploration noise
+        charts |= {"episodic_length": episodic_length, "learning_rate": optimizer.param_groups[0]["lr"]}
+        charts["SPS"] = (global_step - step_before) / (updated - began)
+        times = {"rollout": rolled - began - encode_time, "encode": encode_time, "update": updated - rolled}
+        metrics |= {f"charts/{k}": v for k, v in charts.items()} | {f"time/{k}": v for k, v in times.items()}
         last = global_step >= args.total_timesteps
         if last or (args.eval_freq and iteration % args.eval_freq == 0):
             success_rate = log_evaluation()
@@ -468,22 +477,19 @@ def main(args):
             table.writerow(["iteration", "global_step", *metrics])
         table.writerow([iteration, global_step, *metrics.values()])
         if args.save_model and (last or iteration % args.save_freq == 0):
-            card = f"# {run_name}\n\nFrom {args.checkpoint}, {global_step} steps, see args.json.\n"
-            save_policy(policy, f"{folder}/checkpoint", card)
+            save()
         progress.set_postfix_str(f"it {iteration}, success {success_once:.3f}, eval {success_rate:.3f}")
         progress.update(global_step - step_before)
     progress.close()
     writer.close()
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
+    axes = Figure(figsize=(7, 4)).subplots()
     axes.plot(*zip(*curve), alpha=0.6, label="training episodes (with exploration noise)")
     axes.plot(*zip(*evaluations), "o-", label="evaluation (ODE, fixed states)")
     axes.set(xlabel="environment steps", ylabel="success rate", ylim=(0, 1), title=run_name)
-    axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(f"{folder}/learning_curve.png", dpi=120, bbox_inches="tight")
+    axes.figure.savefig(f"{folder}/learning_curve.png", dpi=120, bbox_inches="tight")
     print(f"success {evaluations[0][1]:.3f} -> {success_rate:.3f}; results in {folder}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, default=defaults(tyro.cli(Args))))

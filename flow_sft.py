@@ -20,6 +20,7 @@ pre-training, in two parts:
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,6 +41,10 @@ class Args:
     """where the scripted expert demonstrates"""
     checkpoint: str = "tiny"
     """policy to start from: a folder, or "tiny", the pre-trained one"""
+    obs_mode: Literal["rgb", "state"] = "rgb"
+    """state: without pictures, the state is all that the simulator tells"""
+    num_envs: int = 64
+    """parallel environments that demonstrate"""
     output: str = ""
     """folder to write; default checkpoints/{env_id}-sft, with --pretrain checkpoints/tiny"""
     num_demos: int = 5
@@ -173,7 +178,8 @@ def pretrain_vlm(policy, envs, args, rng):
 def action_statistics(obs, actions):
     """Mean and std of the states and of the executed actions, those that a chunk begins with."""
     columns = {"state": obs["state"], "actions": actions[:, 0]}
-    return {key: {"mean": x.mean(0).tolist(), "std": x.std(0).tolist()} for key, x in columns.items()}
+    columns = {key: (x.mean(0), x.std(0).clip(0.01)) for key, x in columns.items()}  # few may not move
+    return {key: {"mean": mean.tolist(), "std": std.tolist()} for key, (mean, std) in columns.items()}
 
 
 def pretrain(args):
@@ -206,10 +212,13 @@ def main(args):
     torch.manual_seed(args.seed)
     if args.pretrain:
         return pretrain(args)
-    envs = make_envs(args.env_id, 64, args.seed, partial_reset=False)
+    envs = make_envs(args.env_id, args.num_envs, args.seed, partial_reset=False, obs_mode=args.obs_mode)
     policy = load_policy(args.checkpoint, args.device)
-    policy.fit_prompts(envs.prompts)
     obs, actions = collect_demonstrations(envs, args.num_demos, policy.config.horizon)
+    envs.close()
+    if args.checkpoint == "tiny" and args.env_id.split("_")[0] != "tabletop":
+        policy.fit_robot(obs["state"].shape[1], actions.shape[2], action_statistics(obs, actions))
+    policy.fit_prompts(envs.prompts)
     generator = torch.Generator().manual_seed(args.seed)
     loss = finetune(policy, obs, actions, args.total_steps, args.learning_rate, args.batch_size, generator)
     card = SFT_CARD.format(args=args, pairs=len(actions), loss=loss)

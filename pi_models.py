@@ -73,6 +73,8 @@ class PiConfig:
     critic_layers: int = 4
     noise_std_min: float = 0.0  # bounds of the noise head; 0: none yet
     noise_std_max: float = 0.0
+    lora_rank: int = 0  # of the adapters in the VLM; 0: none yet
+    lora_alpha: int = 0
 
 
 # The laptop's pi0: the same classes, small numbers. A picture is 16 patches and a byte is a token.
@@ -168,6 +170,21 @@ def time_embedding(t, dim, min_period=4e-3, max_period=4.0):
     return torch.cat([angle.sin(), angle.cos()], dim=-1)  # (B, dim)
 
 
+class LoRALinear(nn.Linear):
+    """W x + (alpha / rank) B A x: a frozen linear layer that learns by two thin matrices (LoRA)."""
+
+    def __init__(self, linear, rank, alpha):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale, self.weight, self.bias = alpha / rank, linear.weight, linear.bias
+        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features) * self.in_features**-0.5)
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank))  # so a new one changes nothing
+
+    def forward(self, x):
+        low = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return super().forward(x) + self.scale * low
+
+
 class ValueHead(nn.Module):
     """MLP from features to a value. Halving widths, ReLU; four layers are 512-256-128-1."""
 
@@ -200,7 +217,7 @@ class NoiseHead(nn.Module):
 
 
 class Policy(nn.Module):
-    """pi0 or pi0.5. The VLM is frozen, the expert and its projections are trained."""
+    """pi0 or pi0.5. The VLM is frozen unless `train` says otherwise, the expert and its projections learn."""
 
     def __init__(self, config, stats=None):
         # here, not at the top: importing them takes seconds, which --help should not
@@ -251,8 +268,11 @@ class Policy(nn.Module):
         if c.noise_std_min:
             self.need_noise_head(c.noise_std_min, c.noise_std_max)
         self.vlm_modules = [self.vision_tower, self.multi_modal_projector, self.language_model]
-        for module in self.vlm_modules:
-            module.requires_grad_(False)
+        self.half = False  # does the VLM compute in bf16, though its weights are in fp32 to be trained?
+        if c.lora_rank:
+            self.set_trained("expert+lora", c.lora_rank, c.lora_alpha)
+        else:
+            self.set_trained("expert")
 
     @property
     def device(self):
@@ -281,6 +301,40 @@ class Policy(nn.Module):
         self.config = dataclasses.replace(self.config, noise_std_min=low, noise_std_max=high)
         head = NoiseHead(self.config.expert_width, self.config.action_dim, low, high)
         self.noise_head = head.to(self.device)
+
+    def fit_robot(self, state, action, stats=None):
+        """Another robot, with these sizes. What reads a larger state or writes larger actions begins anew."""
+        sizes, c = {"state": state, "actions": action}, self.config
+        self.stats = stats or {key: {"mean": [0.0] * n, "std": [1.0] * n} for key, n in sizes.items()}
+        if state > c.state_dim or action > c.action_dim:
+            sizes = {"state_dim": max(state, c.state_dim), "action_dim": max(action, c.action_dim)}
+            self.config = dataclasses.replace(c, **sizes)
+            fresh = Policy(self.config).to(self.device)
+            for name in ("state_proj", "action_in_proj", "action_out_proj"):
+                mine = getattr(self, name, None)
+                if mine is not None and mine.weight.shape != getattr(fresh, name).weight.shape:
+                    setattr(self, name, getattr(fresh, name))
+
+    def set_trained(self, train, lora_rank=0, lora_alpha=0):
+        """"expert", "expert+lora" (adapters in the VLM, new ones unless it has some) or "all"."""
+        had, wanted = (self.config.lora_rank, self.config.lora_alpha), (lora_rank, lora_alpha)
+        if train == "expert+lora" and self.lora and had != wanted:
+            fail(f"the checkpoint has adapters of rank {had[0]} and alpha {had[1]}; pass these")
+        if train == "expert+lora" and not self.lora:
+            self.config = dataclasses.replace(self.config, lora_rank=lora_rank, lora_alpha=lora_alpha)
+            layers = [(m, name, child) for part in self.vlm_modules for m in part.modules()
+                      for name, child in m.named_children() if isinstance(child, nn.Linear)]  # fmt: skip
+            for module, name, linear in layers:
+                setattr(module, name, LoRALinear(linear, lora_rank, lora_alpha).to(self.device))
+        self.vlm_trained = train != "expert"
+        for name, parameter in (named for part in self.vlm_modules for named in part.named_parameters()):
+            parameter.requires_grad_(train == "all" or train == "expert+lora" and "lora_" in name)
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+                parameter.data, self.half = parameter.data.float(), True  # small steps are lost in bf16
+
+    @property
+    def lora(self):
+        return any(isinstance(m, LoRALinear) for part in self.vlm_modules for m in part.modules())
 
     # -- observation -> tensors
 
@@ -312,23 +366,30 @@ class Policy(nn.Module):
         return [2, *(token for part in words for token in part)]  # 2: BOS
 
     def preprocess(self, obs):
-        """{"images" (B, cams, H, W, 3) uint8, "state" (B, S), "prompt" [B]} -> normalised tensors."""
-        images = torch.from_numpy(np.ascontiguousarray(obs["images"])).to(self.device)
+        """{"images" (B, cams, H, W, 3) uint8, "state" (B, S), "prompt" [B]} -> normalised tensors.
+
+        "image_mask" (B, cams) bool may be there too: a missing camera is False.
+        """
+        images = torch.from_numpy(np.ascontiguousarray(obs["images"])).to(self.device)  # maybe of no camera
         images = images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (B, cams, 3, H, W)
         size, longest = self.config.image_size, max(images.shape[-2:])
+        if images.shape[1] == 0:
+            images = images.new_zeros(len(images), 0, 3, size, size)
         if images.shape[-2:] != (size, size):  # keep the aspect ratio and pad with black, as in openpi
             h, w = (max(1, n * size // longest) for n in images.shape[-2:])
             flat = F.interpolate(images.flatten(0, 1), (h, w), mode="bilinear", antialias=True).clamp(-1, 1)
             top, left = (size - h) // 2, (size - w) // 2
             padded = F.pad(flat, (left, size - w - left, top, size - h - top), value=-1.0)
             images = padded.unflatten(0, images.shape[:2])
+        there = torch.as_tensor(obs.get("image_mask", np.ones(images.shape[:2], bool)), device=self.device)
+        images = images.masked_fill(~there[..., None, None, None], -1)[:, there.any(0)]  # some have it
         state = torch.as_tensor(obs["state"], dtype=torch.float32, device=self.device)
         state = F.pad(self._normalize(state, "state"), (0, self.config.state_dim - state.shape[1]))
         states = self._normalize(torch.as_tensor(obs["state"]), "state").tolist()
         tokens = torch.stack([self._padded_tokens(*x) for x in zip(obs["prompt"], states)]).to(self.device)
         return {
             "images": images,
-            "image_mask": torch.ones(images.shape[:2], dtype=torch.bool, device=self.device),
+            "image_mask": there[:, there.any(0)],
             "tokens": tokens.clamp(min=0),
             "token_mask": tokens >= 0,
             "state": state,
@@ -382,18 +443,21 @@ class Policy(nn.Module):
         return self.multi_modal_projector(patches).unflatten(0, images.shape[:2]).flatten(1, 2)
 
     def encode(self, inputs):
-        """Vision and language, once per observation."""
-        images, image_mask = inputs["images"], inputs["image_mask"]
-        patches = self.embed_images(images)
-        words = self.language_model.embed_tokens(inputs["tokens"])  # times sqrt(width); patches are not
-        x = torch.cat([patches, words], dim=1)  # (B, S, width)
-        image_mask = image_mask.repeat_interleave(patches.shape[1] // images.shape[1], dim=1)
-        mask = torch.cat([image_mask, inputs["token_mask"]], dim=1)  # (B, S)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        """Vision and language, once per observation; what has been encoded is given back."""
+        if "kv" in inputs:
+            return Prefix(**inputs)
+        images, mask = inputs["images"], inputs["token_mask"]
         read = self.config.critic == "vlm"  # by nobody else
-        hidden, kv = gemma(self.language_model, x, positions, mask[:, None], output=read)  # padding is hidden
+        with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.half):
+            x = self.language_model.embed_tokens(inputs["tokens"])  # times sqrt(width); patches are not
+            if images.shape[1]:
+                patches = self.embed_images(images)
+                seen = inputs["image_mask"].repeat_interleave(patches.shape[1] // images.shape[1], dim=1)
+                x, mask = torch.cat([patches, x], dim=1), torch.cat([seen, mask], dim=1)  # (B, S, ...)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            hidden, kv = gemma(self.language_model, x, positions, mask[:, None], output=read)
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) if read else x[:, 0, :0]
-        return Prefix(kv, mask, pooled.float(), inputs["state"])
+        return Prefix(kv.bfloat16() if self.half else kv, mask, pooled.float(), inputs["state"])
 
     def velocity(self, prefix, x, tau):
         """Velocity and the expert's output features, (N, H, ...), at x (N, H, action_dim) and tau (N,).
@@ -534,6 +598,8 @@ def read_config(tensors, told):
         if not sizes["critic"] or [rows for rows, _ in head[:-1]] != [512 >> i for i in range(len(head) - 1)]:
             print(f"note: its value head, {head}, is of another kind than ours and left out", file=sys.stderr)
             sizes["critic"] = ""
+    ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith(".lora_a")}
+    sizes |= {"lora_rank": max(ranks)} if ranks else {}
     for key in tensors:  # RLinf stores logarithms of variances
         if re.search(r"logvar_(min|max)$", key):
             sizes[f"noise_std_{key[-3:]}"] = math.exp(0.5 * tensors[key].item())

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import envs as simulators  # noqa: E402
+import tabletop as simulators  # noqa: E402
 import evaluate as script  # noqa: E402
 from envs import make_envs  # noqa: E402
 from evaluate import Args, main, markdown, play_expert, summarize, wilson  # noqa: E402

@@ -20,9 +20,10 @@ from torch.distributions import Normal
 
 import flow_sde_grpo
 import flow_sde_ppo
-from envs import Tabletop, make_envs
+from envs import make_envs
 from flow_sde_grpo import Agent, Args, compute_advantages, main, transition, update
 from pi_models import Policy, Prefix, load_policy, save_policy
+from tabletop import Tabletop
 
 # --- advantages ---
 
@@ -167,7 +168,7 @@ def losses(agent, batch, surrogate=clipped, kl=lambda d: d.exp() - 1 - d, norm=l
     """Of the policy, and KL divergence from the reference; d is log(reference / policy)."""
     terms = [], [], []
     for t in range(3):
-        prefix, chain = Prefix(*(field[t] for field in batch.prefix)), batch.chain[t]
+        prefix, chain = Prefix(**{name: field[t] for name, field in batch.inputs.items()}), batch.chain[t]
         for n in live(batch.alive[t]).nonzero().flatten().tolist():
             k, logprob = batch.denoise_idx[t, n].item(), []
             x, tau = chain[n : n + 1, k], torch.tensor([k / 4])
@@ -323,9 +324,9 @@ def test_run(tmp_path, checkpoint, monkeypatch):
         sums = (batch.advantages[..., 0] * batch.alive).sum(dim=0) / ((4 * 2 + 5 * 8) / 9)
         truth = torch.tensor([0.0] * 6 + [-(0.5**0.5), 2**0.5, -(0.5**0.5)])
         assert torch.allclose(sums, truth, atol=1e-4)
-        states = batch.prefix.state[0].view(3, 3, -1)
+        states = batch.inputs["state"][0].view(3, 3, -1)
         assert (states == states[:, :1]).all() and len(states[:, 0].unique(dim=0)) == 3
-    assert not torch.equal(updates[0][1].prefix.state[0], updates[1][1].prefix.state[0])
+    assert not torch.equal(updates[0][1].inputs["state"][0], updates[1][1].inputs["state"][0])
 
 
 def test_run_without_signal(tmp_path, checkpoint, monkeypatch):

@@ -227,7 +227,7 @@ def check_update():
         for name in ("advantages", "returns", "value"):
             setattr(batch, name, getattr(batch, name)[..., :1])
         batch.advantages = gain * batch.advantages
-        prefixes = [Prefix(*(field[t] for field in batch.prefix)) for t in range(3)]
+        prefixes = [Prefix(**{name: field[t] for name, field in batch.inputs.items()}) for t in range(3)]
         rows = [rated(agent.policy, prefixes[t], batch.chain[t], reduction=reduction) for t in range(3)]
         logprob, entropy = (torch.cat(part)[batch.alive.flatten()] for part in list(zip(*rows))[:2])
         advantages = batch.advantages[batch.alive] - batch.advantages[batch.alive].mean()

@@ -420,7 +420,7 @@ def rollout(agent, T=3, N=8):
     alive[1:, 2] = alive[2:, 5:] = False
     advantages, returns, value = torch.randn((3, T, N, S), generator=generator)
     return SimpleNamespace(
-        prefix=Prefix(*(torch.stack(field) for field in zip(*steps))), chain=chain, denoise_idx=denoise_idx,
+        inputs={name: torch.stack([getattr(p, name) for p in steps]) for name in Prefix._fields}, chain=chain, denoise_idx=denoise_idx,
         logprob=logprob, advantages=advantages + 1, returns=returns, value=0.3 * value, alive=alive,
     )  # fmt: skip
 
@@ -463,7 +463,7 @@ def expected_losses(agent, batch, clip=0.2):
     mean = seen.sum() / seen.numel()
     std = math.sqrt(((seen - mean) ** 2).sum() / seen.numel())
     for t in range(3):
-        chain, prefix = batch.chain[t], Prefix(*(field[t] for field in batch.prefix))
+        chain, prefix = batch.chain[t], Prefix(**{name: field[t] for name, field in batch.inputs.items()})
         velocity, values = velocities(agent, prefix, chain, K), agent.value(prefix, chain)
         for n in range(8):
             for s, k in enumerate(batch.denoise_idx[t, n].tolist()) if batch.alive[t, n] else ():

@@ -4,6 +4,7 @@ import ast
 import csv
 import dataclasses
 import json
+import inspect
 import re
 import subprocess
 import sys
@@ -17,13 +18,14 @@ from conftest import make_policy
 import flow_noise_ppo
 import flow_sde_grpo
 import flow_sde_ppo
-from envs import Tabletop, make_envs
+from envs import make_envs
 from pi_models import load_policy, save_policy
+from tabletop import Tabletop
 
 ROOT = Path(__file__).resolve().parents[1]
 THREE = flow_sde_ppo, flow_noise_ppo, flow_sde_grpo
 GRPO = dict(num_envs=6, group_size=3, num_steps=8)
-SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if 'if __name__ == "__main__"' in p.read_text())
+SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if "tyro.cli" in p.read_text())
 METRICS = {
     "charts": ["episodic_return", "episodic_length", "success_once", "learning_rate", "SPS"],
     "losses": ["policy_loss", "entropy", "approx_kl", "clipfrac"],
@@ -224,13 +226,10 @@ def test_learns(tmp_path):
 
 
 def flags(script):
-    """{name: (type, default, help)} of a script's Args, as they are written."""
-    body = ast.parse(Path(script.__file__).read_text()).body
-    (args,) = (node for node in body if isinstance(node, ast.ClassDef) and node.name == "Args")
-    return {
-        field.target.id: (ast.unparse(field.annotation), ast.unparse(field.value), ast.unparse(text))
-        for field, text in zip(args.body, args.body[1:]) if isinstance(field, ast.AnnAssign)
-    }  # fmt: skip
+    """{name: (type and default, help)} of a script's Args, as they are written."""
+    field = r'^    (\w+): (.+?)(?:  # (.+)|\n    """(.+)""")$'
+    found = re.findall(field, inspect.getsource(script.Args), re.MULTILINE)
+    return {name: (written, comment or text) for name, written, comment, text in found}
 
 
 def test_flags_are_alike():

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# MetaWorld from the state: SFT on a few demonstrations, then RL, then 150 episodes of every policy, and the table.
+# JOBS trainings at once. Done work is skipped, so it can be stopped and started again.  JOBS=2 bash benchmark/metaworld.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
+PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/metaworld} JOBS=${JOBS:-2} STEPS=${STEPS:-120000}
+TASKS=${TASKS:-"door-unlock:5 handle-press-side:3 coffee-push:3 sweep-into:3 hand-insert:5 push:7 stick-push:3 pick-place-wall:7"}
+NOISE=${NOISE:-"hand-insert sweep-into"}
+export PYTHON OUT STEPS
+
+sft() {  # task:demonstrations
+  local task=${1%:*} out=$OUT/sft/${1%:*}
+  [ -f "$out/model.safetensors" ] || $PYTHON flow_sft.py --env-id "metaworld_$task" --obs-mode state --num-envs 8 \
+    --num-demos "${1#*:}" --total-steps 800 --learning-rate 1e-3 --output "$out" > "$OUT/sft-$task.log" 2>&1
+}
+train() {  # script task seed
+  local out=$OUT/$1/$2-$3 steps=$STEPS
+  [ "$2" = mt10 ] && steps=$((4 * STEPS))
+  ls "$out"/*/learning_curve.png > /dev/null 2>&1 && return
+  rm -rf "$out"
+  $PYTHON "$1.py" --env-id "metaworld_$2" --obs-mode state --checkpoint "$OUT/sft/$2" --seed "$3" --num-envs 64 \
+    --num-steps 20 --learning-rate 1e-4 --total-timesteps "$steps" --eval-freq 0 --run-dir "$out" > "$out.log" 2>&1
+}
+evaluate() {  # task
+  [ -f "$OUT/$1.json" ] && return
+  local policies=("$OUT/sft/$1" "$OUT"/flow_*/"$1"-?/*/checkpoint)
+  $PYTHON evaluate.py --env-id "metaworld_$1" --obs-mode state --num-envs 50 --seeds 0 1 2 --json "$OUT/$1.json" \
+    --checkpoints "${policies[@]}" > "$OUT/$1.txt" 2>&1
+}
+export -f sft train evaluate
+mkdir -p "$OUT"/flow_sde_ppo "$OUT"/flow_noise_ppo
+
+names=$(for task in $TASKS; do echo "${task%:*}-v3"; done)
+for task in $TASKS mt10:3; do echo "sft ${task%:*}$([ "$task" = mt10:3 ] || echo -v3):${task#*:}"; done |
+  xargs -P "$JOBS" -I{} bash -c '{}'
+{
+  for task in $names; do echo "train flow_sde_ppo $task 1"; done
+  echo "train flow_sde_ppo mt10 1"
+  for seed in 2 3; do for task in $names; do echo "train flow_sde_ppo $task $seed"; done; done
+  for seed in 1 2 3; do for task in $NOISE; do echo "train flow_noise_ppo $task-v3 $seed"; done; done
+} | xargs -P "$JOBS" -I{} bash -c '{}'
+for task in $names mt10; do echo "evaluate $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
+$PYTHON benchmark/metaworld.py "$OUT"
