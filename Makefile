@@ -2,25 +2,40 @@
 PYTHON = python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv test demo sft vlm
+.PHONY: help install .venv apt check test demo sft vlm
 
 help:
 	@echo "make demo    Flow-SDE PPO from the shipped SFT policy, then both policies evaluated: table, curve, GIF"
 	@echo "make test    all tests"
 	@echo "make sft     makes checkpoints/tabletop-sft again: SFT on 5 demonstrations per task"
 	@echo "make vlm     makes checkpoints/tiny again: pre-training of the tiny pi0, 25 minutes"
-	@echo "make .venv   only installs requirements.txt into .venv"
+	@echo "make install only installs, into .venv: requirements.txt with MetaWorld and ManiSkill, and LIBERO"
+	@echo "make check   which simulators work here, and what is missing"
+	@echo "make apt     as root, on Debian: the libraries that draw pictures without a GPU"
 	@echo "PYTHON=...   the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))"
 
-.venv: .venv/installed
+install .venv: .venv/installed
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-libero.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
 		|| { echo "error: $(PYTHON) is not Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 2; }
-	@echo "installing requirements.txt into .venv, once"
+	@echo "installing requirements.txt and requirements-libero.txt into .venv, once"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install --quiet -r requirements.txt
+	@$(PIP) install --quiet --no-deps -r requirements-libero.txt
 	@touch $@
+
+# Mesa 25's software Vulkan, which ManiSkill needs without a GPU, is in the backports of Debian 12
+apt:
+	apt-get update -qq
+	apt-get install -qq -y --no-install-recommends libegl1 libosmesa6 libgl1 libgl1-mesa-dri libglib2.0-0 libvulkan1
+	if grep -q bookworm /etc/os-release; then \
+		echo "deb http://deb.debian.org/debian bookworm-backports main" > /etc/apt/sources.list.d/backports.list; \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends -t bookworm-backports mesa-vulkan-drivers; \
+	else apt-get install -qq -y --no-install-recommends mesa-vulkan-drivers; fi
+
+check: .venv
+	@.venv/bin/python envs.py --check
 
 test: .venv
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations 10 tests

@@ -72,8 +72,7 @@ def make_envs(env_id, num_envs, seed, partial_reset=True, group_size=1, obs_mode
         build = functools.partial(ManiSkill, full)
         train_states = (0, eval_states) if name in SIMPLER else (EVAL_STATES, 2**31)
     build = functools.partial(build, obs_mode=obs_mode, protocol=protocol)
-    states = eval_states, train_states
-    return Simulators(env_id, build, states, num_envs, seed, partial_reset, group_size)
+    return Simulators(env_id, build, eval_states, train_states, num_envs, seed, partial_reset, group_size)
 
 
 # Simulators in processes ------------------------------------------------------------------------------------
@@ -95,13 +94,11 @@ def metaworld_tasks(name):
 class MetaWorld:
     """Sawyer arm, 50 tasks. State: end effector and gripper (4); without pictures all 39, the goal too."""
 
-    action_dim = 4
-
     def __init__(self, tasks, obs_mode, protocol):
         os.environ.setdefault("MUJOCO_GL", "egl")
         self.prompts = {task: METAWORLD[task]["instruction"] for task in tasks}
         self.tasks, self.obs_mode, self.envs, self.renderers = tasks, obs_mode, {}, {}
-        self.max_episode_steps = {"paper": 100, "openpi": 500}[protocol]
+        self.max_episode_steps, self.action_dim = {"paper": 100, "openpi": 500}[protocol], 4
 
     def reset(self, task, state):
         from metaworld import env_dict, policies
@@ -148,20 +145,16 @@ LIBERO_STEPS = {  # an episode's: (the paper's, openpi's); the ten steps in whic
 
 
 def import_libero():
-    """libero.libero without the questions of its first import and without files in the user's home."""
-    user = os.environ.get("LIBERO_CONFIG_PATH")
+    """LIBERO's folder. Imports it without its questions and without files in the user's home."""
     with tempfile.TemporaryDirectory() as folder:  # its config.yaml must exist; nothing reads it
-        open(os.path.join(folder, "config.yaml"), "w").close()
+        Path(folder, "config.yaml").touch()
         os.environ["LIBERO_CONFIG_PATH"] = folder
         try:
             import libero.libero
         except ImportError as error:
             raise ValueError(f"LIBERO cannot be imported ({error}): make install") from error
-        finally:
-            os.environ.pop("LIBERO_CONFIG_PATH")
-            os.environ.update({} if user is None else {"LIBERO_CONFIG_PATH": user})
     folder = os.environ.get("LIBERO_ASSETS") or libero.libero.get_assets_path()  # downloads them, once
-    if not os.path.isdir(os.path.join(folder, "scenes")):
+    if not Path(folder, "scenes").is_dir():
         advice = "unpack them and set LIBERO_ASSETS to the folder"
         raise ValueError(f"LIBERO's assets are missing, {folder} has no scenes: {advice}")
     libero.libero._assets_path_cache = folder  # it does not read the entry of its config file
@@ -197,7 +190,7 @@ class Libero:
             from libero.libero.envs.env_wrapper import ControlEnv
             from robosuite.utils.observables import Observable, sensor
         except (ImportError, AttributeError) as error:  # AttributeError: PyOpenGL did not find its library
-            advice = "apt-get install libegl1 libosmesa6 libgl1-mesa-dri, MUJOCO_GL=egl or, on a CPU, osmesa"
+            advice = "make apt, as root; MUJOCO_GL=egl or, on a CPU, osmesa"
             raise ValueError(f"LIBERO cannot be imported ({error}): {advice}") from error
         if self.env is not None:
             self.env.close()
@@ -272,11 +265,10 @@ class Libero:
 
 
 SIMPLER = {  # the WidowX tasks, and how many layouts they have
-    "carrot": ("PutCarrotOnPlateInScene-v1", 24),
-    "spoon": ("PutSpoonOnTableClothInScene-v1", 24),
+    "carrot": ("PutCarrotOnPlateInScene-v1", 24), "spoon": ("PutSpoonOnTableClothInScene-v1", 24),
     "eggplant": ("PutEggplantInBasketScene-v1", 64),
     "cube": ("StackGreenCubeOnYellowCubeBakedTexInScene-v1", 24),
-}
+}  # fmt: skip
 
 
 def check_maniskill(env_id, obs_mode):
@@ -295,13 +287,11 @@ def check_maniskill(env_id, obs_mode):
     if obs_mode == "state" and "state" not in REGISTERED_ENVS[env_id].cls.SUPPORTED_OBS_MODES:
         raise ValueError(f"{env_id} has pictures only, use --obs-mode rgb")
     needed = assets.expand_data_group_into_individual_data_source_ids(env_id)
-    simpler = env_id in dict(SIMPLER.values())
-    needed += ["widowx250s"] if simpler else []  # the robot's, which the task does not list
+    needed += ["widowx250s"] if env_id in dict(SIMPLER.values()) else []  # the robot's, not listed
     missing = [name for name in needed if not assets.is_data_source_downloaded(name)]
     if missing:
         download = " && ".join(f"python -m mani_skill.utils.download_asset -y {name}" for name in missing)
-        where = f"no {', '.join(missing)} under {mani_skill.ASSET_DIR} (set by MS_ASSET_DIR)"
-        raise ValueError(f"{env_id} needs assets, {where}: {download}")
+        raise ValueError(f"{env_id} needs assets that are not in {mani_skill.ASSET_DIR}: {download}")
 
     def refuse(question):  # ManiSkill would ask (y|n) on stdin, for a robot's assets even while building
         raise ValueError(f"{question} Use: python -m mani_skill.utils.download_asset")
@@ -313,8 +303,7 @@ def check_maniskill(env_id, obs_mode):
                 return backend
         except RuntimeError:  # there is no such device
             pass
-    install = "on Debian 12: apt-get install -t bookworm-backports mesa-vulkan-drivers"
-    raise ValueError(f"needs a Vulkan device even without pictures, a GPU's or that of Mesa 25; {install}")
+    raise ValueError("no Vulkan device, which it needs even without pictures: a GPU's or Mesa 25's, make apt")
 
 
 class ManiSkill:
@@ -367,8 +356,7 @@ class ManiSkill:
         self.env._step_action(action)
         self.env._elapsed_steps += 1
         self.obs, self.info = None, self.env.get_info()
-        success = bool(self.info["success"])
-        reward = float(success)
+        success, reward = bool(self.info["success"]), float(self.info["success"])
         if self.simpler and self.info["is_src_obj_grasped"] and not self.grasped:  # once in an episode
             self.grasped, reward = True, reward + 0.1
         return reward, success
@@ -392,8 +380,7 @@ class Block(gym.Env):
         self.task, self.state, self.length = np.zeros((3, count), int)
         self.alive = np.zeros(count, bool)
 
-    def _tell(self, row, error):
-        """The error of a simulator, with what is needed to meet it again."""
+    def _tell(self, row, error):  # with what is needed to meet it again
         where = f"task {self.task[row]}, initial state {self.state[row]}, step {self.length[row]}"
         return RuntimeError(f"{where}: {type(error).__name__}: {str(error).strip()}")
 
@@ -449,10 +436,9 @@ class Block(gym.Env):
 class Simulators(gym.vector.VectorEnv):
     """Simulators in at most as many processes as there are cores. An episode: a task and an initial state."""
 
-    def __init__(self, env_id, build, states, num_envs, seed, partial_reset, group_size):
-        self.env_id, self.num_envs = env_id, num_envs
-        self.partial_reset, self.group_size = partial_reset, group_size
-        self.eval_states, self.train_states = states  # how many per task, and a range
+    def __init__(self, env_id, build, eval_states, train_states, num_envs, seed, partial_reset, group_size):
+        self.env_id, self.num_envs, self.group_size = env_id, num_envs, group_size
+        self.partial_reset, self.eval_states, self.train_states = partial_reset, eval_states, train_states
         try:  # the first one here, where an error can be told in a line
             simulator = build()
             simulator.reset(0, 0)
@@ -463,14 +449,13 @@ class Simulators(gym.vector.VectorEnv):
         self.tasks, self.prompts = list(simulator.prompts), list(simulator.prompts.values())
         self.num_eval_states = self.eval_states * len(self.tasks)
         self.num_eval_envs = min(self.num_eval_states, num_envs)  # at once
-        self.single_observation_space = spaces.Dict({
-            "images": spaces.Box(0, 255, shown["images"].shape, np.uint8),
-            "state": spaces.Box(-np.inf, np.inf, shown["state"].shape, np.float32),
-        })
+        images = spaces.Box(0, 255, shown["images"].shape, np.uint8)
+        state = spaces.Box(-np.inf, np.inf, shown["state"].shape, np.float32)
+        self.single_observation_space = spaces.Dict({"images": images, "state": state})
         self.single_action_space = spaces.Box(-1, 1, (dim,), np.float32)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        cores = len(os.sched_getaffinity(0))
-        workers = max(n for n in range(1, min(cores, num_envs) + 1) if num_envs % n == 0)
+        most = min(len(os.sched_getaffinity(0)), num_envs)
+        workers = max(n for n in range(1, most + 1) if num_envs % n == 0)
         size = num_envs // workers
         parts = batch_space(self.single_observation_space, size), batch_space(self.single_action_space, size)
         self.blocks = [functools.partial(Block, build, *parts, i, size) for i in range(workers)]
@@ -495,8 +480,7 @@ class Simulators(gym.vector.VectorEnv):
             self.processes, self.recorded = AsyncVectorEnv(self.blocks, context="forkserver"), 0
         return self._begin(np.ones(self.num_envs, bool), task, state), {}
 
-    def _draw(self, n):
-        """Task and initial state of n training episodes."""
+    def _draw(self, n):  # task and initial state of n training episodes
         return self.rng.integers(len(self.tasks), size=n), self.rng.integers(*self.train_states, size=n)
 
     def _begin(self, rows, task, state):
@@ -561,8 +545,7 @@ class Simulators(gym.vector.VectorEnv):
                 obs = self._begin(ended, *self._draw(ended.sum()))
         return obs, reward, terminated, truncated, info
 
-    def expert_action(self, aim_error=0):
-        """The scripted expert: actions (N, D) from the simulator's own state."""
+    def expert_action(self, aim_error=0):  # MetaWorld's scripted experts
         return np.concatenate(self._ask("call", "expert_action"))
 
     def close(self):
@@ -573,21 +556,17 @@ class Simulators(gym.vector.VectorEnv):
             self.processes.closed, self.processes = True, None
 
 
-def write_gif(path, frames, captions=None, fps=10):
-    """Frames (T, H, W, 3) uint8 as an animation, with a line of text under each if `captions` are given."""
-    from PIL import Image, ImageDraw, ImageFont
+def write_gif(path, frames, caption="", fps=10):
+    """Frames (T, H, W, 3) uint8 as an animation, with a line of text under them."""
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
 
     pictures = [Image.fromarray(frame) for frame in np.asarray(frames)]
-    if captions is not None:
-        captions = [captions] * len(pictures) if isinstance(captions, str) else captions
-        font = ImageFont.load_default(size=14)
-        for t, caption in enumerate(captions):
-            picture = Image.new("RGB", (pictures[t].width, pictures[t].height + 22), "white")
-            picture.paste(pictures[t])
-            ImageDraw.Draw(picture).text((6, picture.height - 19), caption, fill="black", font=font)
-            pictures[t] = picture
-    first, *others = pictures
-    temporary = f"{path}.tmp"
+    if caption:
+        pictures = [ImageOps.expand(picture, (0, 0, 0, 22), "white") for picture in pictures]
+        for picture in pictures:
+            place, font = (6, picture.height - 19), ImageFont.load_default(size=14)
+            ImageDraw.Draw(picture).text(place, caption, fill="black", font=font)
+    temporary, (first, *others) = f"{path}.tmp", pictures
     first.save(temporary, "GIF", save_all=True, append_images=others, duration=1000 // fps, loop=0)
     os.replace(temporary, path)
 
@@ -600,19 +579,18 @@ def check():
                   "maniskill_carrot rgb"):  # fmt: skip
         command = [sys.executable, __file__, "--try", *trial.split()]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        told = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-        result = told[-1] if told else f"ended with exit code {done.returncode}"
-        print("| {:22} | {:5} |".format(*trial.split()), result.removeprefix("error: "), flush=True)
+        told = (done.stderr if done.returncode else done.stdout).strip() or f"exit code {done.returncode}"
+        result = told.splitlines()[-1].removeprefix("error: ")
+        print("| {:22} | {:5} |".format(*trial.split()), result, flush=True)
 
 
 def attempt(env_id, mode):
     envs = make_envs(env_id, 2, 0, obs_mode=mode)
-    obs, _ = envs.reset()
-    for _ in range(2):
-        obs, *_ = envs.step_chunk(np.zeros((2, 5, *envs.single_action_space.shape)))
+    envs.reset()
+    obs, *_ = envs.step_chunk(np.zeros((2, 5, *envs.single_action_space.shape)))
     envs.close()
-    images, state, actions = obs["images"].shape[1:], obs["state"].shape[1], envs.single_action_space.shape[0]
-    print(f"works: images {images}, state {state}, actions {actions}")
+    sizes = obs["images"].shape[1:], obs["state"].shape[1], envs.single_action_space.shape[0]
+    print("works: images {}, state {}, actions {}".format(*sizes))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Evaluation of checkpoints on the environment's fixed states: a table per task, the protocol, and a video.
 
 A policy is evaluated by the ODE (Eq. 6): a chunk starts from seeded noise A^0 and nothing else is random.
+On LIBERO these are its 500 initial states, on MetaWorld 50 seeds a task (MT50, ML45: 10), of which Table 4's
+classes are reported too, on SIMPLER every layout.
 With `--stochastic` the same states are also played with the noise that RL explores with; the difference is
 the train-eval gap of the paper's Table 6. Every state is one episode; success at any step of it is success.
 
     python evaluate.py                                                     # checkpoints/tabletop-sft
     python evaluate.py --checkpoints checkpoints/tabletop-sft runs/.../checkpoint --capture-video demo.gif
     python evaluate.py --checkpoints runs/.../checkpoint --stochastic --noise learned --mdp two-layer
+    python evaluate.py --checkpoints FOLDER --env-id libero_goal --eval-protocol openpi --device cuda
 """
 
 import json
@@ -21,7 +24,7 @@ import torch
 import tyro
 
 import flow_sde_ppo
-from envs import make_envs, write_gif
+from envs import METAWORLD, make_envs, write_gif
 from flow_sde_ppo import Agent, evaluate
 from pi_models import fail, load_policy
 
@@ -34,6 +37,12 @@ class Args:
     """their names in the table and the video; default: the folders' names"""
     env_id: str = "tabletop"
     """environment; an unknown name lists the nearest ones"""
+    obs_mode: Literal["rgb", "fast", "state"] = "rgb"
+    """fast: pictures without shadows; state: numbers, no pictures"""
+    eval_protocol: Literal["paper", "openpi"] = "paper"
+    """whose step limits"""
+    num_envs: int = 16
+    """simulators at once; the tabletop has its own number"""
     seeds: tuple[int, ...] = (0,)
     """seeds of the evaluation's noise, whose episodes are pooled; training evaluates with seed 0"""
     stochastic: bool = False
@@ -69,7 +78,7 @@ def wilson(successes, episodes, z=1.959964):
 
 
 def play_expert(envs):
-    """Episode lengths (tasks, states) of the scripted expert, which reads the simulator's own positions."""
+    """Episode lengths (tasks, states) of the tabletop's expert, which reads the simulator's own positions."""
     envs.reset(options={"eval_states": np.arange(envs.num_eval_states)})
     info = {"steps": np.ones(1)}
     while info["steps"].any():
@@ -80,16 +89,22 @@ def play_expert(envs):
 def summarize(runs, expert, tasks):
     """What is reported of results of `evaluate`, one a seed, and of the expert's lengths (tasks, states)."""
     success, length, task = (np.concatenate([r[key] for r in runs]) for key in ("success", "length", "task"))
-    expert = np.tile(expert.T.flatten(), len(runs))  # the order of `evaluate`: neighbours are different tasks
+    lengths = None if expert is None else np.tile(expert.T.flatten(), len(runs))  # in the order of `evaluate`
 
     def count(x):
         return {"success_rate": float(x.mean()), "successes": int(x.sum()), "episodes": x.size}
 
+    classes = {}  # of MetaWorld, where several tasks are played
+    for name in ("easy", "medium", "hard", "very hard") if len(tasks) > 1 else ():
+        chosen = [i for i, t in enumerate(tasks) if METAWORLD.get(t, {}).get("difficulty") == name]
+        classes |= {name: count(success[np.isin(task, chosen)])} if chosen else {}
     return count(success) | {
         "interval": wilson(int(success.sum()), success.size),
         "length": float(length[success].mean()) if success.any() else None,  # of the successful episodes
-        "expert_length": float(expert[success].mean()) if success.any() else None,  # from the same states
+        # from the same states
+        "expert_length": float(lengths[success].mean()) if expert is not None and success.any() else None,
         "tasks": {name: count(success[task == i]) for i, name in enumerate(tasks)},
+        "classes": classes,
     }
 
 
@@ -97,12 +112,19 @@ def markdown(report):
     """The report as a table, with a line on how it was measured."""
     expert, results, p = report["expert_length"], report["results"], report["protocol"]
     cell = "{success_rate:.1%} ({successes}/{episodes})".format
+
+    def steps(length):
+        return "-" if length is None else f"{length:.1f}"
+
     rows = [("task", "expert length", *(r["name"] for r in results))]
-    rows += [(t, f"{length:.1f}", *(cell(**r["tasks"][t]) for r in results)) for t, length in expert.items()]
-    rows.append(("**mean**", f"{np.mean(list(expert.values())):.1f}", *(f"**{cell(**r)}**" for r in results)))
+    rows += [(t, steps(length), *(cell(**r["tasks"][t]) for r in results)) for t, length in expert.items()]
+    rows += [(f"*{c}*", "", *(cell(**r["classes"][c]) for r in results)) for c in results[0]["classes"]]
+    lengths = [length for length in expert.values() if length is not None]
+    mean = steps(np.mean(lengths) if lengths else None)
+    rows.append(("**mean**", mean, *(f"**{cell(**r)}**" for r in results)))
     rows.append(("95% interval", "", *("{:.1%} to {:.1%}".format(*r["interval"]) for r in results)))
     for name, key in ("length of successes", "length"), ("expert's, same states", "expert_length"):
-        rows.append((name, "", *("-" if r[key] is None else f"{r[key]:.1f}" for r in results)))
+        rows.append((name, "", *(steps(r[key]) for r in results)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     table = "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
@@ -111,8 +133,9 @@ def markdown(report):
         level = f"{p['sde_solver']}, level {p['noise_level']}" if p["noise"] == "sde" else "learned noise"
         noise = f" and with noise ({p['mdp']}, {level})"
     return (
-        f"{table}\n\nProtocol: {p['env_id']}, {p['num_states']} fixed states, "
-        f"at most {p['max_episode_steps']} steps, chunks of {p['chunk_len']}, K = {p['denoise_steps']}, "
+        f"{table}\n\nProtocol: {p['env_id']}, {p['obs_mode']} observations, {p['num_states']} fixed states, "
+        f"at most {p['max_episode_steps']} steps ({p['eval_protocol']}'s limit), chunks of {p['chunk_len']}, "
+        f"K = {p['denoise_steps']}, "
         f"deterministic ODE{noise}, evaluation seed {', '.join(map(str, p['seeds']))}, torch {p['torch']}."
     )
 
@@ -155,7 +178,8 @@ def main(args):
     for wrong, message in [
         (not args.checkpoints or not args.seeds, "--checkpoints and --seeds need at least one value"),
         (len(args.labels) not in (0, len(args.checkpoints)), "--labels: give one per checkpoint"),
-        (args.num_threads < 1 or args.chunk_len < 1, "--num-threads and --chunk-len must be at least 1"),
+        (min(args.num_threads, args.chunk_len, args.num_envs) < 1,
+         "--num-threads, --chunk-len and --num-envs must be at least 1"),
         (args.denoise_steps < smallest_k, f"--denoise-steps must be at least {smallest_k}"),
         (args.stochastic and args.noise_level <= 0, "--noise-level must be above 0 with --stochastic"),
         (gif and not gif.endswith(".gif"), f"--capture-video {gif}: the name must end in .gif"),
@@ -164,8 +188,11 @@ def main(args):
         if wrong:
             fail(message)
     torch.set_num_threads(args.num_threads)
-    num_states = make_envs(args.env_id, 1, 0).num_eval_states
-    envs = make_envs(args.env_id, min(num_states, 250), 0, partial_reset=False)  # as in training
+    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol}
+    envs = make_envs(args.env_id, args.num_envs, 0, partial_reset=False, **mode)
+    if envs.num_eval_envs != args.num_envs:  # the tabletop's: a state gets the same noise as in training
+        envs = make_envs(args.env_id, envs.num_eval_envs, 0, partial_reset=False, **mode)
+    num_states = envs.num_eval_states
     policies = [load_policy(checkpoint, device) for checkpoint in args.checkpoints]
     for checkpoint, policy in zip(args.checkpoints, policies):
         if args.chunk_len > policy.config.horizon:
@@ -186,8 +213,12 @@ def main(args):
 
     # -- episodes
     names = [path.rstrip("/").removesuffix("/checkpoint").split("/")[-1] for path in args.checkpoints]
-    expert = play_expert(make_envs(args.env_id, num_states, 0, partial_reset=False))
-    shown = np.ceil(np.linspace(0, max(len(envs.tasks), 6) - 1, 6)).astype(int)  # six of the tasks, evenly
+    expert = None  # it is the tabletop's
+    if args.env_id.startswith("tabletop"):
+        expert = play_expert(make_envs(args.env_id, num_states, 0, partial_reset=False))
+    columns = min(6, envs.num_envs)  # episodes of the first round, of tasks evenly
+    shown = np.linspace(0, min(max(len(envs.tasks), 6), envs.num_envs) - 1, columns)
+    shown = np.ceil(shown).astype(int)
     results, rows = [], []
     for label, checkpoint, policy in zip(args.labels or names, args.checkpoints, policies):
         agent = Agent(policy, args)
@@ -201,13 +232,16 @@ def main(args):
             results.append({"name": name, "checkpoint": checkpoint, "deterministic": ode} | summary)
             if record:
                 title = f"{label}: success in {summary['success_rate']:.1%} of {summary['episodes']} episodes"
-                halves = [f[shown].reshape(6, 128, 2, 128, 2, 3).mean(axis=(2, 4)) for f in runs[0]["frames"]]
+                film = (frame[shown].reshape(-1, 128, 2, 128, 2, 3) for frame in runs[0]["frames"])
+                halves = [pairs.mean(axis=(2, 4)) for pairs in film]
                 rows.append((title, np.uint8(halves), runs[0]["success"][shown], runs[0]["length"][shown]))
 
     # -- results
     protocol = {**asdict(args), "num_states": num_states, "max_episode_steps": envs.max_episode_steps}
     protocol["torch"] = torch.__version__
-    expert_length = dict(zip(envs.tasks, expert.mean(axis=1).tolist()))
+    envs.close()
+    means = [None] * len(envs.tasks) if expert is None else expert.mean(axis=1).tolist()
+    expert_length = dict(zip(envs.tasks, means))
     report = {"protocol": protocol, "expert_length": expert_length, "results": results}
     print(f"\n{markdown(report)}\n")
     if args.json:

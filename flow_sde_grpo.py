@@ -297,6 +297,7 @@ def main(args):
         (batch_size % args.num_minibatches,
          f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"),
         (args.group_size < 2, "--group-size must be at least 2"),
+        (args.kl_coef and args.train != "expert", "--kl-coef is for a frozen VLM, --train expert"),
         (args.micro_batch_size < 0, "--micro-batch-size must not be negative; 0: a whole minibatch at once"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:  # fmt: skip

@@ -178,7 +178,7 @@ def pretrain_vlm(policy, envs, args, rng):
 def action_statistics(obs, actions):
     """Mean and std of the states and of the executed actions, those that a chunk begins with."""
     columns = {"state": obs["state"], "actions": actions[:, 0]}
-    columns = {key: (x.mean(0), x.std(0).clip(0.01)) for key, x in columns.items()}  # few may not move
+    columns = {key: (x.mean(0), x.std(0).clip(0.1)) for key, x in columns.items()}  # few may hardly move
     return {key: {"mean": mean.tolist(), "std": std.tolist()} for key, (mean, std) in columns.items()}
 
 

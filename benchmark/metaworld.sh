@@ -19,7 +19,7 @@ train() {  # script task seed
   [ "$2" = mt10 ] && steps=$((4 * STEPS))
   ls "$out"/*/learning_curve.png > /dev/null 2>&1 && return
   rm -rf "$out"
-  $PYTHON "$1.py" --env-id "metaworld_$2" --obs-mode state --checkpoint "$OUT/sft/$2" --seed "$3" --num-envs 64 \
+  $PYTHON "$1.py" --env-id "metaworld_$2" --model tiny --obs-mode state --checkpoint "$OUT/sft/$2" --seed "$3" --num-envs 64 \
     --num-steps 20 --learning-rate 1e-4 --total-timesteps "$steps" --eval-freq 0 --run-dir "$out" > "$out.log" 2>&1
 }
 evaluate() {  # task

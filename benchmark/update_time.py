@@ -56,8 +56,8 @@ def prepare(script, args, prefix, **changed):
     chain, denoise_idx, logprob = agent.act(prefix, generator)
     rest = {name: torch.randn_like(logprob)[None] for name in ("advantages", "returns", "value")}
     batch = SimpleNamespace(
-        inputs={name: field[None] for name, field in prefix._asdict().items()}, chain=chain[None], denoise_idx=denoise_idx[None],
-        logprob=logprob[None], alive=torch.ones_like(logprob[None, :, 0], dtype=torch.bool), **rest,
+        inputs={name: field[None] for name, field in prefix._asdict().items()},
+        chain=chain[None], denoise_idx=denoise_idx[None], logprob=logprob[None], alive=torch.ones_like(logprob[None, :, 0], dtype=torch.bool), **rest,
     )  # fmt: skip
     optimizer = torch.optim.AdamW([{"params": group} for group in parameters], lr=1e-6)
     return lambda: script.update(agent, optimizer, batch, flags, generator)

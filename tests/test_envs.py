@@ -472,7 +472,7 @@ def test_gif(tmp_path):
 
     frames = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
     write_gif(tmp_path / "plain.gif", frames)
-    write_gif(tmp_path / "text.gif", frames, captions=["one", "two", "three"])
+    write_gif(tmp_path / "text.gif", frames, "one two three")
     plain, text = Image.open(tmp_path / "plain.gif"), Image.open(tmp_path / "text.gif")
     assert plain.n_frames == text.n_frames == 3 and plain.size == (64, 64) and plain.info["duration"] == 100
     strip = np.array(text.convert("L"))[64:]

@@ -153,7 +153,8 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
             assert table[task][column] == f"{wins / 12:.1%} ({wins}/12)"
             assert result["tasks"][task] == {"success_rate": wins / 12, "successes": wins, "episodes": 12}
             assert table[task][0] == f"{expert[i].mean():.1f}"
-    assert "Protocol: tabletop, 60 fixed states, at most 40 steps, chunks of 5, K = 4, det" in out
+    assert "Protocol: tabletop, rgb observations, 60 fixed states, at most 40 steps (paper's limit), " in out
+    assert "chunks of 5, K = 4, det" in out
     assert "noise (hybrid, euler, level 1.0), evaluation seed 3, 4, torch " + torch.__version__ in out
     protocol = {"env_id": "tabletop", "num_states": 60, "max_episode_steps": 40, "seeds": [3, 4]}
     assert protocol.items() <= report["protocol"].items()
@@ -164,7 +165,8 @@ def test_without_a_success_there_is_no_length():
     never = {"success": np.zeros(4, bool), "length": np.full(4, 40), "task": np.array([0, 1, 0, 1])}
     result = {"name": "never"} | summarize([never], np.full((2, 2), 9), ["a", "b"])
     assert result["length"] is None and result["expert_length"] is None and result["interval"][0] == 0
-    protocol = {"env_id": "x", "num_states": 4, "max_episode_steps": 40, "stochastic": False, "torch": "0"}
+    protocol = {"env_id": "x", "obs_mode": "rgb", "eval_protocol": "paper", "num_states": 4, "torch": "0"}
+    protocol |= {"max_episode_steps": 40, "stochastic": False}
     protocol |= {"chunk_len": 5, "denoise_steps": 4, "seeds": [0]}
     report = {"protocol": protocol, "expert_length": {"a": 9.0, "b": 9.0}, "results": [result]}
     assert cells(markdown(report))["length of successes"] == ["", "-"]

@@ -420,8 +420,9 @@ def rollout(agent, T=3, N=8):
     alive[1:, 2] = alive[2:, 5:] = False
     advantages, returns, value = torch.randn((3, T, N, S), generator=generator)
     return SimpleNamespace(
-        inputs={name: torch.stack([getattr(p, name) for p in steps]) for name in Prefix._fields}, chain=chain, denoise_idx=denoise_idx,
-        logprob=logprob, advantages=advantages + 1, returns=returns, value=0.3 * value, alive=alive,
+        inputs={name: torch.stack([getattr(p, name) for p in steps]) for name in Prefix._fields},
+        chain=chain, denoise_idx=denoise_idx, logprob=logprob, advantages=advantages + 1, returns=returns,
+        value=0.3 * value, alive=alive,
     )  # fmt: skip
 
 
