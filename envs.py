@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import gymnasium as gym
@@ -173,8 +174,7 @@ class Libero:
     POSES = "geom_xpos geom_xmat site_xpos site_xmat cam_xpos cam_xmat light_xpos light_xdir".split()
 
     def __init__(self, suite, obs_mode, protocol):
-        # robosuite loads a renderer's library when it is imported; by the name of glx, none
-        os.environ.setdefault("MUJOCO_GL", "glx" if obs_mode == "state" else "egl")
+        os.environ.setdefault("MUJOCO_GL", "egl")
         self.suite, self.obs_mode, self.task, self.env = suite, obs_mode, None, None
         self.folder = import_libero()
         from libero.libero.benchmark import task_maps
@@ -201,7 +201,8 @@ class Libero:
             ignore_done=True,  # how long an episode lasts is decided in Block
             hard_reset=False,  # a reset keeps the compiled scene
         )  # fmt: skip
-        numpy = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
+        rebuild = np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"  # NumPy 1's name
+        numpy = [rebuild, np.ndarray, np.dtype, np.dtypes.Float64DType]
         with torch.serialization.safe_globals(numpy):  # arrays, and nothing else
             file = f"{self.folder}/init_files/{self.suite}/{name}.pruned_init"
             self.states, self.task = torch.load(file, weights_only=True), task  # (50, 1 + nq + nv)
@@ -496,6 +497,7 @@ class Simulators(gym.vector.VectorEnv):
         except (RuntimeError, EOFError, OSError) as error:
             what = str(error)
             if not isinstance(error, RuntimeError):
+                wait([process.sentinel for process in self.processes.processes], timeout=5)
                 codes = [process.exitcode for process in self.processes.processes if not process.is_alive()]
                 what = f"a process ended with exit code {codes} in tasks {sorted(set(self.task.tolist()))}"
             self.close()
@@ -580,8 +582,7 @@ def check():
         command = [sys.executable, __file__, "--try", *trial.split()]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         told = (done.stderr if done.returncode else done.stdout).strip() or f"exit code {done.returncode}"
-        result = told.splitlines()[-1].removeprefix("error: ")
-        print("| {:22} | {:5} |".format(*trial.split()), result, flush=True)
+        print("| {:22} | {:5} |".format(*trial.split()), told.splitlines()[-1].removeprefix("error: "))
 
 
 def attempt(env_id, mode):
@@ -589,8 +590,7 @@ def attempt(env_id, mode):
     envs.reset()
     obs, *_ = envs.step_chunk(np.zeros((2, 5, *envs.single_action_space.shape)))
     envs.close()
-    sizes = obs["images"].shape[1:], obs["state"].shape[1], envs.single_action_space.shape[0]
-    print("works: images {}, state {}, actions {}".format(*sizes))
+    print(f"works: images {obs['images'].shape[1:]}, state {obs['state'].shape[1]}")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def defaults(args):
         return Args()
     if args.model == "tiny":
         return Args(checkpoint="tiny", num_envs=2, total_timesteps=1000)
-    rows = [row for (env, model), row in PAPER.items() if args.env_id.startswith(env) and model in args.model]
+    rows = [row for (env, of), row in PAPER.items() if args.env_id.startswith(env) and of in ("", args.model)]
     if not rows:
         return Args(checkpoint="")  # has to be given
     row = dict(zip(COLUMNS, rows[0]), gamma=0.99, gae_lambda=0.95, max_grad_norm=1.0)
@@ -452,8 +452,8 @@ def main(args):
             save()
         progress.set_postfix_str(f"it {iteration}, success {success_once:.3f}, eval {success_rate:.3f}")
         progress.update(global_step - step_before)
-    progress.close()
-    writer.close()
+    for open_one in (progress, writer, envs):
+        open_one.close()
     axes = Figure(figsize=(7, 4)).subplots()
     axes.plot(*zip(*curve), alpha=0.6, label="training episodes (with exploration noise)")
     axes.plot(*zip(*evaluations), "o-", label="evaluation (ODE, fixed states)")

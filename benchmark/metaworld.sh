@@ -4,15 +4,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
-PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/metaworld} JOBS=${JOBS:-2} STEPS=${STEPS:-120000}
-TASKS=${TASKS:-"door-unlock:5 handle-press-side:3 coffee-push:3 sweep-into:3 hand-insert:5 push:7 stick-push:3 pick-place-wall:7"}
-NOISE=${NOISE:-"hand-insert sweep-into"}
+PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/metaworld} JOBS=${JOBS:-2} STEPS=${STEPS:-80000}
+TASKS=${TASKS:-"door-unlock:5 handle-press-side:3 coffee-push:3 sweep-into:3 hand-insert:7 push:7 stick-push:3 pick-place-wall:7"}
+NOISE=${NOISE:-"sweep-into push"}
 export PYTHON OUT STEPS
 
 sft() {  # task:demonstrations
   local task=${1%:*} out=$OUT/sft/${1%:*}
   [ -f "$out/model.safetensors" ] || $PYTHON flow_sft.py --env-id "metaworld_$task" --obs-mode state --num-envs 8 \
-    --num-demos "${1#*:}" --total-steps 800 --learning-rate 1e-3 --output "$out" > "$OUT/sft-$task.log" 2>&1
+    --num-demos "${1#*:}" --total-steps 250 --learning-rate 1e-3 --output "$out" > "$OUT/sft-$task.log" 2>&1
 }
 train() {  # script task seed
   local out=$OUT/$1/$2-$3 steps=$STEPS
@@ -20,7 +20,7 @@ train() {  # script task seed
   ls "$out"/*/learning_curve.png > /dev/null 2>&1 && return
   rm -rf "$out"
   $PYTHON "$1.py" --env-id "metaworld_$2" --model tiny --obs-mode state --checkpoint "$OUT/sft/$2" --seed "$3" --num-envs 64 \
-    --num-steps 20 --learning-rate 1e-4 --total-timesteps "$steps" --eval-freq 0 --run-dir "$out" > "$out.log" 2>&1
+    --num-steps 10 --learning-rate 1e-4 --total-timesteps "$steps" --eval-freq 0 --run-dir "$out" > "$out.log" 2>&1
 }
 evaluate() {  # task
   [ -f "$OUT/$1.json" ] && return
@@ -41,4 +41,4 @@ for task in $TASKS mt10:3; do echo "sft ${task%:*}$([ "$task" = mt10:3 ] || echo
   for seed in 1 2 3; do for task in $NOISE; do echo "train flow_noise_ppo $task-v3 $seed"; done; done
 } | xargs -P "$JOBS" -I{} bash -c '{}'
 for task in $names mt10; do echo "evaluate $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
-$PYTHON benchmark/metaworld.py "$OUT"
+$PYTHON benchmark/metaworld_table.py "$OUT"

@@ -64,7 +64,8 @@ def bare_env(env_id, draw):
         from metaworld import env_dict
 
         cls = env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE["push-v3-goal-observable"]
-        env = cls(seed=0, render_mode="rgb_array", camera_name="corner2")  # 480 x 480
+        env = cls(seed=0, render_mode="rgb_array")  # 480 x 480
+        env.mujoco_renderer.camera_id = env.model.camera("corner2").id
         return env.reset, env.step, None if draw == "never" else env.render
     if env_id.startswith("libero"):
         folder = import_libero()
@@ -121,12 +122,14 @@ def measure(name, args):
     dim, first = envs.single_action_space.shape[0], {"eval_states": np.zeros(n, int)}
     # SIMPLER's tasks draw at every step, whether somebody looks or not
     draws = ["never"] if mode == "state" else ["always"] if name == "carrot-rgb" else ["always", "asked"]
-    context, pipes = multiprocessing.get_context("spawn"), {}
+    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     for draw in draws:
         pairs = [context.Pipe() for _ in range(args.processes)]
         for _, end in pairs:
             told = end, env_id, draw, episode, args.chunk_len, dim
-            context.Process(target=bare_loop, args=told, daemon=True).start()
+            processes.append(context.Process(target=bare_loop, args=told, daemon=True))
+            processes[-1].start()
+            end.close()  # so that a process that breaks down is noticed
         pipes[draw] = [end for end, _ in pairs]
 
     def turn(side, seconds):
@@ -148,6 +151,8 @@ def measure(name, args):
         turn(side, 0)  # builds, compiles, resets
     rounds = [[turn(side, args.seconds) for side in sides] for _ in range(args.rounds)]
     envs.close()
+    for process in processes:
+        process.kill()
     return np.transpose(rounds)
 
 
@@ -167,9 +172,9 @@ def main(args):
     print(
         f"\nExecuted steps per second of {args.processes} processes, medians of {args.rounds} turns of "
         f"{args.seconds:g} s; ratio: median, lowest, highest. Chunks of {args.chunk_len}, small random "
-        "actions, resets counted on neither side, one environment per process (MetaWorld's state: 8 in make_envs). A bare "
-        "loop with pictures draws at every step, as its own interface does; that of the last two columns is "
-        f"asked for them after every {args.chunk_len}th. MUJOCO_GL={os.environ['MUJOCO_GL']}, "
+        "actions; resets are not timed. One environment per process (make_envs with MetaWorld's state: 8). "
+        "A bare loop with pictures draws at every step, as its own interface does; that of the last two "
+        f"columns is asked for them after every {args.chunk_len}th. MUJOCO_GL={os.environ['MUJOCO_GL']}, "
         f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}."
     )
 

@@ -1,7 +1,11 @@
 """What the tests share: a policy small enough to be built in a moment, and observations for it."""
 
 import dataclasses
+import os
+import shutil
 import sys
+import tarfile
+from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from envs import make_envs  # noqa: E402
 from pi_models import TINY, Policy  # noqa: E402
 
+os.environ.setdefault("MUJOCO_GL", "egl" if find_library("EGL") else "osmesa")  # before MuJoCo is imported
 torch.set_num_threads(1)  # at these sizes a second thread only waits for the first
 STATS = {
     "state": {"mean": [0.1, 0.0, -0.2, 0.0], "std": [0.5, 0.4, 0.9, 1.0]},
@@ -60,3 +65,22 @@ def one_line_error(capsys):
         return message
 
     return call
+
+
+@pytest.fixture(scope="session", autouse=True)
+def asset_folder(tmp_path_factory):
+    """Where simulators look, before a server forks their processes and before mani_skill is imported."""
+    folder = tmp_path_factory.mktemp("assets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIBERO_ASSETS", str(folder / "libero_assets_256px"))
+        patch.setenv("MS_ASSET_DIR", str(folder))
+        yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def assets(asset_folder):
+    """The assets of LIBERO and of SIMPLER's tasks, unpacked."""
+    for path in (Path(__file__).parent / "assets").glob("*.tar.xz"):
+        with tarfile.open(path) as archive:
+            archive.extractall(asset_folder, filter="data")

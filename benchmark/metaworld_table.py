@@ -1,6 +1,6 @@
 """The table and the picture of metaworld.sh: SFT and RL on MetaWorld tasks, 150 episodes of each policy.
 
-    python benchmark/metaworld.py runs/metaworld      # writes docs/metaworld.md's table to stdout, docs/metaworld.png
+    python benchmark/metaworld_table.py runs/metaworld      # writes docs/metaworld.md's table to stdout, docs/metaworld.png
 """
 
 import csv
@@ -88,5 +88,5 @@ def main(folder):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        fail("use: python benchmark/metaworld.py FOLDER")
+        fail("use: python benchmark/metaworld_table.py FOLDER")
     main(sys.argv[1])

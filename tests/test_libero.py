@@ -1,0 +1,247 @@
+"""LIBERO: the fixed initial states, its own physics, pictures and success, and what a user can get wrong."""
+
+import os
+import subprocess
+import sys
+from ctypes.util import find_library
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from envs import LIBERO_STEPS, Libero, import_libero, make_envs
+
+for package in ("libero", "robosuite", "bddl"):
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: make install", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("assets")
+library = find_library("EGL") or find_library("OSMesa")
+draws = pytest.mark.skipif(not library, reason="neither libEGL nor libOSMesa is installed: make apt")
+
+BOWL_ON_PLATE, MIDDLE_DRAWER = 8, 0  # tasks of libero_goal
+ACTIONS = np.random.default_rng(0).uniform(-1, 1, (10, 7)).astype(np.float32)
+OPEN, CLOSE = np.zeros(7), np.zeros(7)
+OPEN[6], CLOSE[6] = -1, 1
+
+
+@pytest.fixture(scope="module")
+def goal():
+    return Libero("libero_goal", "fast", "paper")
+
+
+def run(code, tmp_path, **env):
+    """A fresh process with an empty home and no standard input; None unsets a variable."""
+    env = {**os.environ, "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", **env}
+    env = {key: value for key, value in env.items() if value is not None}
+    options = {"cwd": Path(__file__).parents[1], "env": env, "stdin": subprocess.DEVNULL, "timeout": 300}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+
+
+def same(a, b):
+    return all(np.array_equal(a[key], b[key]) for key in ("images", "state"))
+
+
+@pytest.mark.parametrize("suite", LIBERO_STEPS)
+def test_tasks_and_initial_states(suite):
+    sim, openpi = Libero(suite, "state", "paper"), Libero(suite, "state", "openpi")
+    assert (sim.max_episode_steps, openpi.max_episode_steps) == LIBERO_STEPS[suite]
+    assert len(sim.prompts) == (90 if suite == "libero_90" else 10)
+    for name, prompt in sim.prompts.items():
+        assert prompt == prompt.strip().lower() and "_" not in prompt and "scene" not in prompt
+        states = torch.load(f"{sim.folder}/init_files/{suite}/{name}.pruned_init", weights_only=False)
+        assert states.shape[0] == 50 and states.ndim == 2 and np.isfinite(states).all()
+        assert len(np.unique(states, axis=0)) > 40
+
+
+def test_evaluation_states():
+    """Ten tasks, fifty states each: what a number stands for, in the processes as well."""
+    envs = make_envs("libero_goal", 2, 0, obs_mode="state", group_size=2)
+    assert envs.num_eval_states == 500 and len(envs.tasks) == 10 and envs.max_episode_steps == 320
+    assert envs.prompts[BOWL_ON_PLATE] == "put the bowl on the plate"
+    obs, _ = envs.reset(options={"eval_states": [BOWL_ON_PLATE * 50 + 3, BOWL_ON_PLATE * 50 + 49]})
+    assert obs["prompt"] == ["put the bowl on the plate"] * 2
+    assert obs["images"].shape == (2, 0, 1, 1, 3) and obs["state"].shape == (2, 8)
+    for row, state in enumerate((3, 49)):
+        sim = Libero("libero_goal", "state", "paper")
+        sim.reset(BOWL_ON_PLATE, state)
+        assert np.array_equal(obs["state"][row], sim.observe()["state"])
+    assert not np.array_equal(*obs["state"])
+    obs, _ = envs.reset()  # a group: the same start
+    assert np.array_equal(*obs["state"]) and envs.task[0] == envs.task[1] and envs.state[0] == envs.state[1]
+    actions = np.stack([ACTIONS[:5], ACTIONS[5:]])
+    obs, reward, terminated, truncated, info = envs.step_chunk(actions)
+    assert not np.array_equal(*obs["state"]) and reward.shape == (2, 5) and not reward.any()
+    assert not terminated.any() and not truncated.any() and (info["steps"] == 5).all()
+    envs.close()
+
+
+@pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_10"])
+def test_every_suite_steps(suite):
+    envs = make_envs(suite, 1, 0, obs_mode="state")
+    before, _ = envs.reset(options={"eval_states": [3 * 50 + 49]})
+    assert before["prompt"] == [envs.prompts[3]]
+    after, reward, terminated, *_ = envs.step_chunk(np.tile([0.5, 0, 0.5, 0, 0, 0, -1], (1, 5, 1)))
+    assert not reward.any() and not terminated.any()
+    moved = (after["state"] - before["state"])[0, :3]
+    assert moved[0] > 0.01 and moved[2] > 0.01 and abs(moved[1]) < 0.01  # forward and up, not sideways
+    assert after["state"][0, 6] > 0.03 > -0.03 > after["state"][0, 7]  # -1 opens the fingers
+    after = envs.step_chunk(np.tile(CLOSE, (1, 15, 1)))[0]
+    assert np.abs(after["state"][0, 6:]).max() < 0.01  # +1 closes them
+    envs.close()
+
+
+@draws
+def test_pictures_of_a_chunk():
+    envs = make_envs("libero_goal", 1, 0, obs_mode="fast")
+    obs, _ = envs.reset(options={"eval_states": [BOWL_ON_PLATE * 50]})
+    assert obs["images"].shape == (1, 2, 256, 256, 3) and obs["images"].dtype == np.uint8
+    envs.record = 1
+    after, *_, info = envs.step_chunk(ACTIONS[None, :3])
+    assert not np.array_equal(obs["images"], after["images"]) and len(info["frames"]) == 3
+    last = info["frames"][-1][0]
+    assert np.array_equal(last[:, ::-1], after["images"][0, 0])  # people see it upright, the policy mirrored
+    assert not np.array_equal(info["frames"][0][0], last)
+    envs.close()
+
+
+@draws
+def test_same_state_same_episode(goal):
+    def episode():
+        goal.reset(BOWL_ON_PLATE, 7)
+        first = goal.observe()
+        for action in ACTIONS[:5]:
+            goal.step(action)
+        return first, goal.observe()
+
+    one = episode()
+    goal.reset(BOWL_ON_PLATE, 8)  # another state, other furniture, closed gripper
+    assert not same(one[0], goal.observe())
+    for _ in range(5):
+        goal.step(CLOSE)
+    two = episode()
+    goal.reset(MIDDLE_DRAWER, 0)  # and in a scene that is built anew
+    three = episode()
+    for other in (two, three):
+        assert same(one[0], other[0]) and same(one[1], other[1])
+
+
+def test_no_end_of_its_own(goal):
+    goal.reset(BOWL_ON_PLATE, 0)
+    goal.env.env.timestep = 10 * goal.env.env.horizon
+    goal.step(OPEN)
+    assert goal.step(OPEN) == (0.0, False)
+
+
+def test_success_bowl_on_plate(goal):
+    goal.reset(BOWL_ON_PLATE, 0)
+    assert goal.step(OPEN) == (0.0, False)
+    data = goal.env.sim.data
+    plate = data.get_joint_qpos("plate_1_joint0")
+    bowl = data.get_joint_qpos("akita_black_bowl_1_joint0")
+    bowl[:3] = plate[:3] + [0, 0, 0.02]
+    data.set_joint_qpos("akita_black_bowl_1_joint0", bowl)
+    results = [goal.step(OPEN) for _ in range(5)]
+    assert results[-1] == (1.0, True)
+    assert goal.step(OPEN) == (1.0, True)  # it goes on: ending the episode is the caller's
+
+
+def test_success_ends_the_episode():
+    """A drawer that is pulled out in the middle of a chunk."""
+    envs = make_envs("libero_goal", 1, 0, obs_mode="state")
+    block = envs.blocks[0]()  # what runs in a process
+    block.reset(options={key: np.full(1, value) for key, value in
+                         {"begin": True, "task": MIDDLE_DRAWER, "state": 0}.items()})  # fmt: skip
+    told = block.step(np.tile(OPEN, (1, 2, 1)))[4]
+    assert not told["terminated"].any() and not told["reward"].any() and told["length"] == [2]
+    block.simulators[0].env.sim.data.set_joint_qpos("wooden_cabinet_1_middle_level", -0.15)
+    told = block.step(np.tile(OPEN, (1, 3, 1)))[4]
+    assert told["terminated"].all() and not told["truncated"].any() and told["length"] == [3]
+    assert told["reward"].tolist() == [[1, 0, 0]]
+
+
+@draws
+def test_picture_agrees_with_the_camera_matrix(goal):
+    """An object that vanishes changes the picture where the camera's geometry says it was."""
+    goal.reset(BOWL_ON_PLATE, 0)
+    env, data, model = goal.env, goal.env.sim.data, goal.env.sim.model
+    camera, size = model.camera_name2id("agentview"), 256
+    place = data.get_joint_qpos("cream_cheese_1_joint0")[:3]  # right of the middle, seen from the camera
+    x, y, z = data.cam_xmat[camera].reshape(3, 3).T @ (place - data.cam_xpos[camera])
+    focal = size / 2 / np.tan(np.radians(model.cam_fovy[camera]) / 2)
+    column, row = size / 2 + focal * x / -z, size / 2 - focal * y / -z
+    assert column > 140 and row > 128
+
+    def pictures():
+        env.env._update_observables(force=True)
+        return goal.render(size).astype(int), goal.observe()["images"][0].astype(int)
+
+    before = pictures()
+    data.set_joint_qpos("cream_cheese_1_joint0", [9, 9, 9, 1, 0, 0, 0])
+    env.sim.forward()
+    for old, new, where in zip(before, pictures(), (column, size - column)):  # the policy's is mirrored
+        changed = np.argwhere(np.abs(old - new).sum(axis=-1) > 60)
+        assert 20 < len(changed) < 1000
+        assert np.abs(changed.mean(axis=0) - [row, where]).max() < 4
+
+
+@draws
+def test_equal_to_liberos_own_path():
+    """Pictures, state, physics and success of OffScreenRenderEnv, which draws at every step."""
+    sim = Libero("libero_goal", "rgb", "paper")
+    sim.reset(BOWL_ON_PLATE, 4)
+    sim.step(CLOSE)  # the next reset reuses this scene
+    sim.reset(BOWL_ON_PLATE, 3)
+    mine = [sim.observe()]
+    for action in ACTIONS[:4]:
+        result = sim.step(action)
+        mine.append(sim.observe())
+    physics, small = sim.env.sim.get_state().flatten(), sim.render(96).shape
+
+    from libero.libero.envs import OffScreenRenderEnv
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    folder, name = import_libero(), list(sim.prompts)[BOWL_ON_PLATE]
+    bddl = f"{folder}/bddl_files/libero_goal/{name}.bddl"
+    env = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=256, camera_widths=256)
+    env.seed(3)
+    env.reset()
+    states = torch.load(f"{folder}/init_files/libero_goal/{name}.pruned_init", weights_only=False)
+    env.set_init_state(states[3])
+    for step in range(14):
+        obs, reward, done, _ = env.step(OPEN.tolist() if step < 10 else ACTIONS[step - 10].tolist())
+        if step >= 9:
+            here = mine[step - 9]
+            pictures = [obs[f"{camera}_image"][::-1, ::-1] for camera in ("agentview", "robot0_eye_in_hand")]
+            np.testing.assert_array_equal(here["images"], pictures)
+            turn = quat2axisangle(obs["robot0_eef_quat"].copy())
+            state = np.concatenate([obs["robot0_eef_pos"], turn, obs["robot0_gripper_qpos"]])
+            np.testing.assert_allclose(here["state"], state, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(physics, env.sim.get_state().flatten())
+    assert result == (reward, done) and small == (96, 96, 3)
+    env.close()
+
+
+def test_first_import(tmp_path):
+    """Nothing is asked, and no configuration is left in the user's home."""
+    code = "from envs import Libero; sim = Libero('libero_goal', 'state', 'paper')\n"
+    code += "sim.reset(8, 0); print(sim.observe()['state'].shape)"
+    done = run(code, tmp_path, LIBERO_CONFIG_PATH=None)
+    assert done.stdout == "(8,)\n", done.stderr
+    assert not list(tmp_path.glob("**/*libero*")) and not list(tmp_path.glob("**/config.yaml"))
+
+
+def test_missing_assets(tmp_path, monkeypatch, one_line_error):
+    monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path / "nowhere"))
+    message = one_line_error(make_envs, "libero_goal", 1, 0)
+    assert message.startswith("error: libero_goal: LIBERO's assets are missing") and "nowhere" in message
+    code = "from envs import make_envs; make_envs('libero_goal', 1, 0)"
+    done = run(code, tmp_path, LIBERO_ASSETS=None)  # LIBERO would download them, here without a network
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: libero_goal: LIBERO's assets are missing")
+    assert "Traceback" not in done.stderr and "set LIBERO_ASSETS" in last
+
+
+def test_unknown_suite(one_line_error):
+    assert "libero_goal" in one_line_error(make_envs, "libero_gaol", 1, 0)

@@ -1,0 +1,350 @@
+"""MetaWorld, and what all simulators in processes have in common: chunks, ends, groups, break-downs."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections import Counter
+
+import numpy as np
+import pytest
+
+pytest.importorskip("metaworld", reason="MetaWorld is not installed: make install")
+from metaworld import env_dict  # noqa: E402
+
+import flow_noise_ppo  # noqa: E402
+import flow_sde_grpo  # noqa: E402
+import flow_sde_ppo  # noqa: E402
+import flow_sft  # noqa: E402
+from envs import METAWORLD, MetaWorld, make_envs, metaworld_tasks  # noqa: E402
+
+TASK = "reach-v3"
+STATES = np.array([3, 4, 5, 6])
+
+
+def make(n=4, task=TASK, **changed):
+    return make_envs(f"metaworld_{task}", n, **dict(seed=0, obs_mode="state", partial_reset=False) | changed)
+
+
+@pytest.fixture(scope="module")
+def envs():
+    made = make()
+    yield made
+    made.close()
+
+
+def bare(task, seed, actions):
+    """MetaWorld's own environment, stepped by hand: observations and successes until the first one."""
+    env = env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-goal-observable"](seed=0)
+    env._freeze_rand_vec, env.seeded_rand_vec = False, True
+    env.seed(int(seed))
+    obs, successes = [env.reset(seed=int(seed))[0]], []
+    for action in actions:
+        step = env.step(action)
+        obs.append(step[0])
+        successes.append(bool(step[4]["success"]))
+        if successes[-1]:
+            break
+    return np.float32(obs), successes
+
+
+def wander(n, steps, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (n, steps, 4)).astype(np.float32)
+
+
+# --- tasks ---
+
+
+def test_tasks():
+    assert len(METAWORLD) == 50 and set(METAWORLD) == set(env_dict.ALL_V3_ENVIRONMENTS)
+    classes = Counter(task["difficulty"] for task in METAWORLD.values())
+    assert classes == {"easy": 28, "medium": 11, "hard": 6, "very hard": 5}
+    for name, theirs in [("mt10", env_dict.MT10_V3), ("mt50", env_dict.MT50_V3)]:
+        assert set(metaworld_tasks(name)) == set(theirs)
+    assert set(metaworld_tasks("ml45")) == set(env_dict.ML45_V3["train"])
+    assert set(metaworld_tasks("ml45_test")) == set(env_dict.ML45_V3["test"])
+    assert metaworld_tasks("push-v3") == ["push-v3"]
+
+
+def test_wrong_id(one_line_error):
+    assert "metaworld_push-v3" in one_line_error(make_envs, "metaworld_puhs-v3", 2, 0)
+    assert "libero_goal" in one_line_error(make_envs, "libero_gaol", 2, 0)
+    assert "maniskill_carrot" in one_line_error(make_envs, "maniskill_carot", 2, 0)
+
+
+# --- chunks and ends ---
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+def test_chunks_are_metaworlds_steps(envs, chunk):
+    actions = wander(4, 16)
+    obs, _ = envs.reset(options={"eval_states": STATES})
+    expected = [bare(TASK, seed, actions[n]) for n, seed in enumerate(STATES)]
+    np.testing.assert_array_equal(obs["state"], [e[0][0] for e in expected])
+    assert obs["state"].dtype == np.float32 and obs["images"].shape == (4, 0, 1, 1, 3)
+    assert obs["prompt"] == [METAWORLD[TASK]["instruction"]] * 4
+    for start in range(0, 16, chunk):
+        obs, reward, terminated, truncated, info = envs.step_chunk(actions[:, start : start + chunk])
+        assert reward.shape == (4, chunk) and not reward.any() and not (terminated | truncated).any()
+        np.testing.assert_array_equal(obs["state"], [e[0][start + chunk] for e in expected])
+        assert (info["steps"] == chunk).all() and (info["episode_length"] == start + chunk).all()
+
+
+def test_success_is_an_end(envs):
+    """The scripted expert: reward 1 at the step of MetaWorld's first success, which ends the episode."""
+    envs.reset(options={"eval_states": STATES})
+    actions, ended = [], np.zeros(4, bool)
+    for _ in range(100):
+        actions.append(envs.expert_action())
+        obs, reward, terminated, truncated, info = envs.step_chunk(actions[-1][:, None])
+        assert (reward[:, 0] == terminated).all() and not truncated.any()
+        assert (info["alive"] == ~ended).all() and (info["steps"] == ~ended).all()
+        if terminated.any():
+            np.testing.assert_array_equal(info["final_obs"]["state"], obs["state"][terminated])
+            assert len(info["final_obs"]["prompt"]) == terminated.sum()
+        ended |= terminated
+        if ended.all():
+            break
+    assert info["success"].all() and (info["episode_return"] == 1).all()
+    for n, seed in enumerate(STATES):
+        _, successes = bare(TASK, seed, np.stack(actions, axis=1)[n])
+        assert successes[-1] and info["episode_length"][n] == len(successes)
+    again = envs.step_chunk(wander(4, 3))  # ended episodes stay as they are
+    assert not again[4]["steps"].any() and not again[1].any() and not (again[2] | again[3]).any()
+    np.testing.assert_array_equal(again[0]["state"], obs["state"])
+
+
+@pytest.mark.parametrize("protocol, limit", [("paper", 100), ("openpi", 500)])
+def test_step_limit(protocol, limit):
+    envs = make(2, "assembly-v3", protocol=protocol)
+    assert envs.max_episode_steps == limit
+    envs.reset()
+    for start in range(0, limit, 40):
+        _, _, terminated, truncated, info = envs.step_chunk(wander(2, 40, start))
+        assert not terminated.any() and truncated.all() == (start + 40 >= limit)
+    assert (info["episode_length"] == limit).all() and len(info["final_obs"]["prompt"]) == 2
+    envs.close()
+
+
+def test_partial_reset():
+    envs = make(3, partial_reset=True, seed=5)
+    first, _ = envs.reset()
+    for _ in range(100):
+        obs, _, terminated, _, info = envs.step_chunk(np.repeat(envs.expert_action()[:, None], 1, axis=1))
+        if terminated.any():
+            break
+    new, rest = np.flatnonzero(terminated), np.flatnonzero(~terminated)
+    assert np.abs(obs["state"][new] - info["final_obs"]["state"]).max(axis=1).min() > 0.01
+    assert info["success"][new].all() and (info["episode_length"][new] > 10).all()
+    after, _, _, _, info = envs.step_chunk(np.zeros((3, 2, 4)))
+    assert (info["episode_length"][new] == 2).all() and (info["episode_length"][rest] > 10).all()
+    assert not info["success"][new].any() and info["alive"].all()
+    assert (envs.state >= 50).all()  # never an evaluation state
+    assert np.abs(first["state"] - after["state"]).max() > 0
+    envs.close()
+
+
+# --- initial states ---
+
+
+def test_seeds_and_groups():
+    a, b, c = make(6, "mt10", seed=1, group_size=3), make(6, "mt10", seed=1), make(6, "mt10", seed=2)
+    grouped, plain, other = (e.reset()[0] for e in (a, b, c))
+    for start in (0, 3):
+        assert (grouped["state"][start] == grouped["state"][start : start + 3]).all()
+        assert len(set(grouped["prompt"][start : start + 3])) == 1
+    assert not np.array_equal(grouped["state"][0], grouped["state"][3])
+    assert len(set(plain["prompt"])) > 1 and not np.array_equal(plain["state"], other["state"])
+    np.testing.assert_array_equal(plain["state"], b.reset(seed=1)[0]["state"])  # also after another episode
+    moved = a.step_chunk(np.tile(wander(1, 5), (6, 1, 1)))[0]["state"]
+    assert (moved[0] == moved[:3]).all() and (moved[3] == moved[3:]).all()
+    for envs in (a, b, c):
+        envs.close()
+
+
+def test_evaluation_states_are_fixed(envs):
+    assert envs.num_eval_states == 50 and make(2, "mt10").num_eval_states == 500
+    assert make_envs("metaworld_mt50", 1, 0, obs_mode="state").num_eval_states == 500
+    first = envs.reset(options={"eval_states": STATES})[0]["state"]
+    envs.reset()
+    np.testing.assert_array_equal(first, envs.reset(options={"eval_states": STATES})[0]["state"])
+    assert len(np.unique(first, axis=0)) == 4
+
+
+# --- pictures ---
+
+
+@pytest.fixture(scope="module")
+def picture():
+    try:
+        simulator = MetaWorld(["push-v3"], "rgb", "paper")
+        simulator.reset(0, 0)
+        return simulator, simulator.observe()
+    except Exception as error:  # of any class, without the libraries
+        pytest.skip(f"MuJoCo cannot draw here ({error}): make apt")
+
+
+def test_pictures_are_metaworlds(picture):
+    """The pixels of its own renderer, of the camera of the public demonstrations, turned by 180 degrees."""
+    simulator, obs = picture
+    assert obs["images"].shape == (1, 480, 480, 3) and obs["state"].shape == (4,)
+    np.testing.assert_array_equal(obs["state"], np.float32(simulator.obs[:4]))
+    kind = env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE["push-v3-goal-observable"]
+    env = kind(seed=0, render_mode="rgb_array")
+    env._freeze_rand_vec, env.seeded_rand_vec = False, True
+    env.model.cam_pos[2] = [0.75, 0.075, 0.7]
+    env.mujoco_renderer.camera_id = 2
+    assert env.model.camera(2).name == "corner2"
+    env.seed(0)
+    env.reset()
+    theirs = env.render()[::-1, ::-1].astype(int)
+    assert np.abs(theirs - obs["images"][0]).max() <= 2 and theirs.std() > 20
+
+
+def test_picture_is_upright(picture):
+    """A point of the world lies where the camera says; the higher one is further up, after the rotation."""
+    simulator, obs = picture
+    data, camera = simulator.env.data, simulator.env.model.camera("corner2").id
+    focal = 240 / np.tan(np.radians(simulator.env.model.cam_fovy[camera]) / 2)
+
+    def pixel(point):  # column and row of the picture that the policy gets
+        x, y, z = data.cam_xmat[camera].reshape(3, 3).T @ (point - data.cam_xpos[camera])
+        return 480 - (240 + focal * x / -z), 480 - (240 - focal * y / -z)
+
+    puck = data.body("obj").xpos.copy()
+    before, (column, row) = obs["images"][0].astype(int), pixel(puck)
+    assert pixel(puck + [0, 0, 0.1])[1] < row - 10  # up is up
+    qpos, qvel = data.qpos.copy(), data.qvel.copy()
+    hidden = qpos.copy()
+    hidden[9:12] = [0, 0.9, -1]
+    simulator.env.set_state(hidden, qvel)
+    changed = np.argwhere(np.abs(simulator.render(480).astype(int) - before).sum(axis=-1) > 60)
+    simulator.env.set_state(qpos, qvel)
+    assert 50 < len(changed) < 8000
+    assert np.abs(np.median(changed, axis=0) - [row, column]).max() < 25  # its shadow lies beside it
+
+
+def test_fast_pictures_and_films(picture):
+    envs = make(3, "push-v3", obs_mode="fast")
+    obs, _ = envs.reset(options={"eval_states": np.zeros(3, int)})
+    assert obs["images"].shape == (3, 1, 480, 480, 3)
+    difference = np.abs(obs["images"][0, 0].astype(int) - picture[1]["images"][0])
+    assert 0 < difference.mean() < 40  # the same scene, without shadows
+    envs.record = 2
+    _, _, _, _, info = envs.step_chunk(wander(3, 4))
+    assert len(info["frames"]) == 4 and info["frames"][0].shape == (2, 256, 256, 3)
+    assert (info["frames"][0] != info["frames"][3]).any()
+    envs.record = 0
+    assert "frames" not in envs.step_chunk(wander(3, 1))[4]
+    envs.close()
+
+
+# --- processes ---
+
+
+def test_close_leaves_no_process():
+    before = set(multiprocessing.active_children())
+    envs = make(4)
+    envs.reset()
+    assert len(set(multiprocessing.active_children()) - before) == min(4, len(os.sched_getaffinity(0)))
+    envs.close()
+    assert set(multiprocessing.active_children()) == before
+    obs, _ = envs.reset(options={"eval_states": STATES})  # and begins again
+    assert obs["state"].shape == (4, 39)
+    envs.close()
+    with pytest.raises(Exception, match="reset"):
+        envs.step_chunk(wander(4, 1))
+
+
+def test_a_killed_process_is_named(one_line_error):
+    envs, saved = make(2), []
+    envs.reset()
+    envs.on_failure = lambda: saved.append(True)
+    os.kill(envs.processes.processes[-1].pid, signal.SIGKILL)
+    message = one_line_error(envs.step_chunk, wander(2, 5))
+    assert "metaworld_reach-v3" in message and "exit code [-9]" in message and "tasks [0]" in message
+    assert saved == [True] and not multiprocessing.active_children()
+
+
+class Breaks(MetaWorld):
+    def step(self, action):
+        if action[0] == 0.5:
+            raise ZeroDivisionError("the arm fell off")
+        return super().step(action)
+
+
+def test_an_error_is_named(one_line_error, monkeypatch):
+    monkeypatch.setattr("envs.MetaWorld", Breaks)
+    envs = make(2)
+    envs.reset(options={"eval_states": [7, 8]})
+    actions = wander(2, 5)
+    envs.step_chunk(actions)
+    actions[1, 2, 0] = 0.5
+    message = one_line_error(envs.step_chunk, actions)
+    assert "task 0, initial state 8, step 7: ZeroDivisionError: the arm fell off" in message
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 5, 4), (4, 5, 3)])
+def test_wrong_shape(envs, shape):
+    envs.reset()
+    with pytest.raises(ValueError, match=r"expected shape \(4, chunk_len, 4\), got"):
+        envs.step_chunk(np.zeros(shape))
+
+
+# --- scripts ---
+
+
+def test_paper_rows():
+    """Numbers of the paper's Tables 7 and 8, typed from there once more."""
+    row = flow_sde_ppo.defaults(flow_sde_ppo.Args(env_id="libero_goal", model="pi05"))
+    assert (row.num_envs, row.num_steps * row.chunk_len, row.chunk_len) == (64, 8 * 320, 5)
+    assert row.num_envs * row.num_steps / row.num_minibatches == 2048 and row.update_epochs == 3
+    assert (row.learning_rate, row.critic_learning_rate) == (5e-6, 1e-4)
+    assert (row.gamma, row.gae_lambda) == (0.99, 0.95)
+    assert (row.denoise_steps, row.noise_level, row.clip_coef, row.critic) == (5, 0.3, 0.2, "vlm")
+    assert row.checkpoint == "RLinf/RLinf-Pi05-LIBERO-SFT" and row.lr_schedule == "constant"
+    long = flow_noise_ppo.defaults(flow_noise_ppo.Args(env_id="libero_10", model="pi05"))
+    assert (long.lr_schedule, long.chunk_len, long.num_steps * long.chunk_len) == ("cosine", 10, 8 * 480)
+    assert (long.noise_std_min, long.noise_std_max, long.ent_coef) == (0.04, 0.10, 0.005)
+    spatial = flow_sde_ppo.defaults(flow_sde_ppo.Args(env_id="libero_spatial"))
+    assert (spatial.learning_rate, spatial.update_epochs, spatial.critic) == (1e-5, 2, "expert")
+    assert (spatial.noise_std_min, spatial.noise_std_max, spatial.denoise_steps) == (0.08, 0.16, 4)
+    carrot = flow_sde_grpo.defaults(flow_sde_grpo.Args(env_id="maniskill_carrot"))
+    assert (carrot.num_envs, carrot.num_envs * carrot.num_steps, carrot.learning_rate) == (256, 2560, 5.6e-6)
+    cube = flow_sde_ppo.defaults(flow_sde_ppo.Args(env_id="maniskill_cube"))
+    assert cube.total_timesteps == 130 * 2560 * 5 and cube.critic_learning_rate == 1.1e-4
+    assert flow_sde_ppo.defaults(flow_sde_ppo.Args()) == flow_sde_ppo.Args()
+    assert flow_sde_ppo.defaults(flow_sde_ppo.Args(env_id="maniskill:PickCube-v1")).checkpoint == ""
+
+
+def test_sft_then_rl(tmp_path, monkeypatch):
+    """A demonstration, an iteration of each script, and the report; from the shipped tiny policy."""
+    import evaluate
+
+    start = str(tmp_path / "sft")
+    monkeypatch.setattr(flow_sft, "tqdm", lambda steps, **_: Silent(steps))
+    flow_sft.main(flow_sft.Args(
+        env_id="metaworld_reach-v3", obs_mode="state", num_envs=2, num_demos=2, total_steps=30, output=start,
+    ))  # fmt: skip
+    sizes = dict(env_id="metaworld_reach-v3", obs_mode="state", checkpoint=start, num_envs=4, eval_freq=0,
+                 num_minibatches=2, total_timesteps=100, run_dir=str(tmp_path / "runs"))  # fmt: skip
+    monkeypatch.setattr(flow_sde_ppo, "evaluate", lambda *_, **__: {"success": np.zeros(2)})
+    flow_sde_ppo.main(flow_sde_ppo.Args(**sizes, num_steps=6))
+    (checkpoint,) = (tmp_path / "runs").glob("*/checkpoint")
+    monkeypatch.undo()
+    evaluate.main(evaluate.Args(
+        env_id="metaworld_reach-v3", obs_mode="state", checkpoints=(start, str(checkpoint)), num_envs=25,
+        json=str(tmp_path / "report.json"),
+    ))  # fmt: skip
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [r["episodes"] for r in report["results"]] == [50, 50]
+    assert report["protocol"]["max_episode_steps"] == 100 and report["protocol"]["obs_mode"] == "state"
+    assert not multiprocessing.active_children()
+
+
+class Silent(list):
+    def __init__(self, steps):
+        super().__init__(steps)
+
+    def set_postfix_str(self, text):
+        pass
