@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
-PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/metaworld} JOBS=${JOBS:-2} STEPS=${STEPS:-80000}
+PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/metaworld} JOBS=${JOBS:-2} STEPS=${STEPS:-300000}
 TASKS=${TASKS:-"door-unlock:5 handle-press-side:3 coffee-push:3 sweep-into:3 hand-insert:7 push:7 stick-push:3 pick-place-wall:7"}
 NOISE=${NOISE:-"sweep-into push"}
 export PYTHON OUT STEPS
@@ -20,7 +20,7 @@ train() {  # script task seed
   ls "$out"/*/learning_curve.png > /dev/null 2>&1 && return
   rm -rf "$out"
   $PYTHON "$1.py" --env-id "metaworld_$2" --model tiny --obs-mode state --checkpoint "$OUT/sft/$2" --seed "$3" --num-envs 64 \
-    --num-steps 10 --learning-rate 1e-4 --total-timesteps "$steps" --eval-freq 0 --run-dir "$out" > "$out.log" 2>&1
+    --num-steps 20 --num-minibatches 4 --total-timesteps "$steps" --eval-freq 0 --run-dir "$out" > "$out.log" 2>&1
 }
 evaluate() {  # task
   [ -f "$OUT/$1.json" ] && return

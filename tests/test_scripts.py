@@ -259,8 +259,8 @@ def test_the_diff_is_the_explanation(other, budget):
     names = [[n.name for n in ast.parse(Path(p).read_text()).body if hasattr(n, "name")] for p in paths]
     order = [name for name in names[0] if name in names[1]]
     assert order == [name for name in names[1] if name in names[0]]
-    sections = ["Args", "transition", "log_prob", "Agent", "compute_advantages", "update", "evaluate", "main"]
-    assert order == sections
+    sections = ["Args", "defaults", "transition", "log_prob", "Agent", "compute_advantages", "update"]
+    assert order == [*sections, "evaluate", "main"]
 
 
 def test_budgets():
