@@ -22,6 +22,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -150,10 +152,7 @@ def import_libero():
     with tempfile.TemporaryDirectory() as folder:  # its config.yaml must exist; nothing reads it
         Path(folder, "config.yaml").touch()
         os.environ["LIBERO_CONFIG_PATH"] = folder
-        try:
-            import libero.libero
-        except ImportError as error:
-            raise ValueError(f"LIBERO cannot be imported ({error}): make install") from error
+        import libero.libero
     folder = os.environ.get("LIBERO_ASSETS") or libero.libero.get_assets_path()  # downloads them, once
     if not Path(folder, "scenes").is_dir():
         advice = "unpack them and set LIBERO_ASSETS to the folder"
@@ -183,15 +182,11 @@ class Libero:
         self.max_episode_steps = dict(zip(("paper", "openpi"), LIBERO_STEPS[suite]))[protocol]
 
     def _build(self, task):
-        import torch
-
         logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # three lines about macros per process
-        try:
-            from libero.libero.envs.env_wrapper import ControlEnv
-            from robosuite.utils.observables import Observable, sensor
-        except (ImportError, AttributeError) as error:  # AttributeError: PyOpenGL did not find its library
-            advice = "make apt, as root; MUJOCO_GL=egl or, on a CPU, osmesa"
-            raise ValueError(f"LIBERO cannot be imported ({error}): {advice}") from error
+        import torch
+        from libero.libero.envs.env_wrapper import ControlEnv
+        from robosuite.utils.observables import Observable, sensor
+
         if self.env is not None:
             self.env.close()
         name = list(self.prompts)[task]
@@ -274,11 +269,8 @@ SIMPLER = {  # the WidowX tasks, and how many layouts they have
 
 def check_maniskill(env_id, obs_mode):
     """The backend that renders; a ValueError, one line, if this environment could not be built here."""
-    try:
-        import mani_skill.envs
-        import sapien
-    except ImportError as error:
-        raise ValueError(f"{error}: make install") from None
+    import mani_skill.envs
+    import sapien
     from mani_skill.utils import assets, download_asset
     from mani_skill.utils.registration import REGISTERED_ENVS
 
@@ -434,24 +426,31 @@ class Block(gym.Env):
         return np.stack([simulator.expert_action() for simulator in self.simulators])
 
 
+def describe(build):
+    """What has to be known before the processes begin: step limit, sizes, prompts."""
+    simulator = build()
+    simulator.reset(0, 0)
+    images, state = (simulator.observe()[key].shape for key in ("images", "state"))
+    return simulator.max_episode_steps, simulator.action_dim, simulator.prompts, images, state
+
+
 class Simulators(gym.vector.VectorEnv):
     """Simulators in at most as many processes as there are cores. An episode: a task and an initial state."""
 
     def __init__(self, env_id, build, eval_states, train_states, num_envs, seed, partial_reset, group_size):
         self.env_id, self.num_envs, self.group_size = env_id, num_envs, group_size
         self.partial_reset, self.eval_states, self.train_states = partial_reset, eval_states, train_states
-        try:  # the first one here, where an error can be told in a line
-            simulator = build()
-            simulator.reset(0, 0)
-            shown = simulator.observe()
+        try:  # one first, where an error can be told in a line, in a process, where nothing is left of it
+            with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
+                self.max_episode_steps, dim, prompts, images, state = pool.submit(describe, build).result()
         except Exception as error:
-            fail(f"{env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
-        self.max_episode_steps, dim = simulator.max_episode_steps, simulator.action_dim
-        self.tasks, self.prompts = list(simulator.prompts), list(simulator.prompts.values())
+            what = (str(error).strip() or type(error).__name__).splitlines()[0]
+            advice = "" if isinstance(error, ValueError) else " (make install; as root, make apt; make check)"
+            fail(f"{env_id}: {what}{advice}")
+        self.tasks, self.prompts = list(prompts), list(prompts.values())
         self.num_eval_states = self.eval_states * len(self.tasks)
         self.num_eval_envs = min(self.num_eval_states, num_envs)  # at once
-        images = spaces.Box(0, 255, shown["images"].shape, np.uint8)
-        state = spaces.Box(-np.inf, np.inf, shown["state"].shape, np.float32)
+        images, state = spaces.Box(0, 255, images, np.uint8), spaces.Box(-np.inf, np.inf, state, np.float32)
         self.single_observation_space = spaces.Dict({"images": images, "state": state})
         self.single_action_space = spaces.Box(-1, 1, (dim,), np.float32)
         self.action_space = batch_space(self.single_action_space, num_envs)

@@ -257,13 +257,13 @@ def test_close_leaves_no_process():
 
 
 def test_a_killed_process_is_named(one_line_error):
-    envs, saved = make(2), []
+    before, envs, saved = set(multiprocessing.active_children()), make(2), []
     envs.reset()
     envs.on_failure = lambda: saved.append(True)
     os.kill(envs.processes.processes[-1].pid, signal.SIGKILL)
     message = one_line_error(envs.step_chunk, wander(2, 5))
     assert "metaworld_reach-v3" in message and "exit code [-9]" in message and "tasks [0]" in message
-    assert saved == [True] and not multiprocessing.active_children()
+    assert saved == [True] and set(multiprocessing.active_children()) <= before
 
 
 class Breaks(MetaWorld):
@@ -321,7 +321,7 @@ def test_sft_then_rl(tmp_path, monkeypatch):
     """A demonstration, an iteration of each script, and the report; from the shipped tiny policy."""
     import evaluate
 
-    start = str(tmp_path / "sft")
+    before, start = set(multiprocessing.active_children()), str(tmp_path / "sft")
     monkeypatch.setattr(flow_sft, "tqdm", lambda steps, **_: Silent(steps))
     flow_sft.main(flow_sft.Args(
         env_id="metaworld_reach-v3", obs_mode="state", num_envs=2, num_demos=2, total_steps=30, output=start,
@@ -339,7 +339,7 @@ def test_sft_then_rl(tmp_path, monkeypatch):
     report = json.loads((tmp_path / "report.json").read_text())
     assert [r["episodes"] for r in report["results"]] == [50, 50]
     assert report["protocol"]["max_episode_steps"] == 100 and report["protocol"]["obs_mode"] == "state"
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 class Silent(list):
