@@ -51,6 +51,7 @@ def make_envs(env_id, num_envs, seed, partial_reset=True, group_size=1, obs_mode
     """
     known = ["tabletop", *(f"tabletop_{task}" for task in TASKS), *LIBERO_STEPS]
     known += [f"metaworld_{name}" for name in (*METAWORLD, "mt10", "mt50", "ml45", "ml45_test")]
+    env_id = f"{env_id}-v3" if f"{env_id}-v3" in known else env_id
     known += [f"maniskill_{name}" for name in SIMPLER]
     if env_id not in known and not env_id.startswith("maniskill:"):
         families = "tabletop", *LIBERO_STEPS, "metaworld_<task>", "maniskill_carrot", "maniskill:<Id>"

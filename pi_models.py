@@ -382,14 +382,16 @@ class Policy(nn.Module):
             padded = F.pad(flat, (left, size - w - left, top, size - h - top), value=-1.0)
             images = padded.unflatten(0, images.shape[:2])
         there = torch.as_tensor(obs.get("image_mask", np.ones(images.shape[:2], bool)), device=self.device)
-        images = images.masked_fill(~there[..., None, None, None], -1)[:, there.any(0)]  # some have it
+        if not there.all():  # a missing picture is -1, a camera that nobody has is dropped
+            images = images.masked_fill(~there[..., None, None, None], -1)[:, there.any(0)]
+            there = there[:, there.any(0)]
         state = torch.as_tensor(obs["state"], dtype=torch.float32, device=self.device)
         state = F.pad(self._normalize(state, "state"), (0, self.config.state_dim - state.shape[1]))
         states = self._normalize(torch.as_tensor(obs["state"]), "state").tolist()
         tokens = torch.stack([self._padded_tokens(*x) for x in zip(obs["prompt"], states)]).to(self.device)
         return {
             "images": images,
-            "image_mask": there[:, there.any(0)],
+            "image_mask": there,
             "tokens": tokens.clamp(min=0),
             "token_mask": tokens >= 0,
             "state": state,
