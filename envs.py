@@ -400,12 +400,12 @@ class Block(gym.Env):
 
     def step(self, actions):
         """A chunk (count, C, D). Pictures for the policy are drawn once, after it."""
-        success, reward = np.zeros(self.count, bool), np.zeros(actions.shape[:2], np.float32)
-        film = [[] for _ in range(self.record)]
+        actions, reward = np.clip(actions, -1, 1), np.zeros(actions.shape[:2], np.float32)
+        success, film = np.zeros(self.count, bool), [[] for _ in range(self.record)]
         for row, simulator in enumerate(self.simulators):
             try:
                 for c in range(actions.shape[1] * self.alive[row]):
-                    reward[row, c], success[row] = simulator.step(np.clip(actions[row, c], -1, 1))
+                    reward[row, c], success[row] = simulator.step(actions[row, c])
                     self.length[row] += 1
                     if row < self.record:
                         film[row].append(simulator.render(256))

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, where a metaworld.py may lie
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from envs import check_maniskill, import_libero, make_envs
 
 ROWS = {  # name: env_id, obs_mode, environments per process of make_envs, steps of the bare loop's episodes
