@@ -69,6 +69,7 @@ class Args:
     learning_rate: float = 3e-4  # of the action expert
     critic_learning_rate: float = 1e-3  # of the value head
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at zero
+    lr_warmup: int = 0  # first iterations of the actor in which its learning rate rises
     critic_warmup: int = 2  # first iterations in which only the critic is trained
     gamma: float = 0.95  # discount per chunk
     gae_lambda: float = 0.9  # lambda of GAE, per chunk
@@ -330,7 +331,7 @@ def main(args):
         (not 0 < low <= high, "--noise-std-min must be above 0 and at most --noise-std-max"),
         (batch_size % args.num_minibatches,
          f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"),
-        (args.micro_batch_size < 0, "--micro-batch-size must not be negative; 0: a whole minibatch at once"),
+        (min(args.micro_batch_size, args.lr_warmup) < 0, "--micro-batch-size, --lr-warmup: at least 0"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:  # fmt: skip
         if wrong:
@@ -419,10 +420,10 @@ def main(args):
     progress = tqdm(total=args.total_timesteps, unit="step", unit_scale=True)
     while global_step < args.total_timesteps:
         began, encode_time, episodes, step_before, iteration = now(), 0.0, [], global_step, iteration + 1
-        rates = args.learning_rate * (iteration > args.critic_warmup), args.critic_learning_rate
+        rise = min(max(iteration - args.critic_warmup, 0) / (args.lr_warmup + 1), 1)
         cosine = 0.5 * (1 + math.cos(math.pi * global_step / args.total_timesteps))
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * (cosine if args.lr_schedule == "cosine" else 1)
+        for group, lr in zip(optimizer.param_groups, (rise * args.learning_rate, args.critic_learning_rate)):
+            group["lr"] = lr * (cosine if args.lr_schedule == "cosine" else 1)
         if not envs.partial_reset and iteration > 1:
             obs, _ = envs.reset()
             prefix, inputs = encode(obs)

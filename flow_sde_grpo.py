@@ -67,6 +67,7 @@ class Args:
     # optimisation
     learning_rate: float = 3e-4  # of the action expert
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at zero
+    lr_warmup: int = 0  # first iterations of the actor in which its learning rate rises
     update_epochs: int = 4  # passes over the batch
     num_minibatches: int = 2  # optimiser steps per pass
     micro_batch_size: int = 256  # chunks per backward pass, accumulated over a minibatch; 0: all at once
@@ -298,7 +299,7 @@ def main(args):
          f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"),
         (args.group_size < 2, "--group-size must be at least 2"),
         (args.kl_coef and args.train != "expert", "--kl-coef is for a frozen VLM, --train expert"),
-        (args.micro_batch_size < 0, "--micro-batch-size must not be negative; 0: a whole minibatch at once"),
+        (min(args.micro_batch_size, args.lr_warmup) < 0, "--micro-batch-size, --lr-warmup: at least 0"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:  # fmt: skip
         if wrong:
@@ -391,10 +392,10 @@ def main(args):
     progress = tqdm(total=args.total_timesteps, unit="step", unit_scale=True)
     while global_step < args.total_timesteps:
         began, encode_time, episodes, step_before, iteration = now(), 0.0, [], global_step, iteration + 1
-        rates = (args.learning_rate,)
+        rise = min(iteration / (args.lr_warmup + 1), 1)
         cosine = 0.5 * (1 + math.cos(math.pi * global_step / args.total_timesteps))
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * (cosine if args.lr_schedule == "cosine" else 1)
+        for group, lr in zip(optimizer.param_groups, (rise * args.learning_rate,)):
+            group["lr"] = lr * (cosine if args.lr_schedule == "cosine" else 1)
         if not envs.partial_reset and iteration > 1:
             obs, _ = envs.reset()
             prefix, inputs = encode(obs)

@@ -1,6 +1,6 @@
 """The table and the picture of metaworld.sh: SFT and RL on MetaWorld tasks, 150 episodes of each policy.
 
-    python benchmark/metaworld_table.py runs/metaworld      # writes docs/metaworld.md's table to stdout, docs/metaworld.png
+    python benchmark/metaworld_table.py runs/metaworld      # prints the table, writes docs/metaworld.png
 """
 
 import csv
@@ -47,11 +47,12 @@ def main(folder):
     if not reports:
         fail(f"{folder} has no reports: bash benchmark/metaworld.sh makes them")
     order = ["easy", "medium", "hard", "very hard"]
-    single = sorted((t for t in reports if t in METAWORLD), key=lambda t: order.index(METAWORLD[t]["difficulty"]))
+    classes = {task.removesuffix("-v3"): about["difficulty"] for task, about in METAWORLD.items()}
+    single = sorted((task for task in reports if task in classes), key=lambda task: order.index(classes[task]))
     table = [("task", "class", "SFT", "Flow-SDE PPO, seeds, mean", "gain", "Flow-Noise PPO, seeds, mean")]
     gains, starts, ends = [], [], []
     for task in single:
-        cells, gain, start, end = row(task, METAWORLD[task]["difficulty"], reports[task])
+        cells, gain, start, end = row(task, classes[task], reports[task])
         table.append(cells)
         gains, starts, ends = gains + [gain], starts + [start], ends + [end]
     count = min(map(len, ends))
@@ -78,7 +79,7 @@ def main(folder):
                 axes.plot(steps, smooth, color=colour, alpha=0.7)
         rate = reports[task]["results"][0]["success_rate"]
         axes.axhline(rate, color="gray", linestyle="--", linewidth=1)
-        axes.set(title=task.removesuffix("-v3"), ylim=(0, 1))
+        axes.set(title=task, ylim=(0, 1))
         axes.grid(alpha=0.3)
     figure.supxlabel("thousand environment steps")
     figure.supylabel("success of training episodes")

@@ -16,8 +16,9 @@ import flow_noise_ppo  # noqa: E402
 import flow_sde_grpo  # noqa: E402
 import flow_sde_ppo  # noqa: E402
 import flow_sft  # noqa: E402
-from envs import METAWORLD, MetaWorld, make_envs, metaworld_tasks  # noqa: E402
+from envs import METAWORLD, MetaWorld, make_envs, metaworld_tasks, touching_object  # noqa: E402
 
+THEIR_TOUCHING_OBJECT = env_dict.SawyerXYZEnv.touching_object  # a MetaWorld of ours replaces it
 TASK = "reach-v3"
 STATES = np.array([3, 4, 5, 6])
 
@@ -112,6 +113,18 @@ def test_success_is_an_end(envs):
     again = envs.step_chunk(wander(4, 3))  # ended episodes stay as they are
     assert not again[4]["steps"].any() and not again[1].any() and not (again[2] | again[3]).any()
     np.testing.assert_array_equal(again[0]["state"], obs["state"])
+
+
+def test_touching_object():
+    """While the scripted expert grasps a puck: at every step and for every geom what MetaWorld says."""
+    simulator, touched = MetaWorld(["pick-place-v3"], "state", "paper"), []
+    simulator.reset(0, 3)
+    for _ in range(60):
+        simulator.step(simulator.expert_action())
+        for geom in range(simulator.env.model.ngeom):
+            touched.append(bool(touching_object(simulator.env, geom)))
+            assert touched[-1] == THEIR_TOUCHING_OBJECT(simulator.env, geom)
+    assert 0 < sum(touched) < 60
 
 
 @pytest.mark.parametrize("protocol, limit", [("paper", 100), ("openpi", 500)])

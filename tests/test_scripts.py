@@ -115,6 +115,18 @@ def test_results(tmp_path, checkpoint, script):
 
 
 @pytest.mark.parametrize("script", THREE, ids=lambda script: script.__name__)
+def test_learning_rate_rises(tmp_path, checkpoint, script):
+    """To the full rate in lr_warmup iterations, which begin when the critic's warm-up is over."""
+    changed = dict(lr_warmup=3, learning_rate=4e-3, total_timesteps=721, num_envs=2, num_minibatches=1)
+    changed |= {"group_size": 2} if script is flow_sde_grpo else {}
+    _, _, rows = train(tmp_path, checkpoint, script, **changed)
+    rates = [float(row["charts/learning_rate"]) for row in rows]
+    waits = script is not flow_sde_grpo
+    assert rates[waits:] == pytest.approx([1e-3, 2e-3, 3e-3] + [4e-3] * (len(rates) - waits - 3))
+    assert rates[:waits] == [0] * waits and len(rates) > 4
+
+
+@pytest.mark.parametrize("script", THREE, ids=lambda script: script.__name__)
 def test_other_policies(tmp_path, script):
     """pi0.5 with its state in the prompt and a horizon that is longer than a chunk, in 64-pixel pictures."""
     sizes = dict(horizon=7, action_dim=6, state_dim=6, max_token_len=200, image_size=64, patch_size=16)
@@ -145,6 +157,7 @@ MISTAKES = {  # what: (flags, what the message has to say)
     "uneven minibatches": ("--num-envs 3 --num-steps 1 --num-minibatches 2", ["minibatches", "3 "]),
     "no minibatches": ("--num-minibatches 0", ["--num-minibatches"]),
     "negative micro batch": ("--micro-batch-size -1", ["--micro-batch-size"]),
+    "negative warm-up": ("--lr-warmup -1", ["--lr-warmup"]),
     "no epochs": ("--update-epochs 0", ["--update-epochs"]),
     "no critic": ("--critic-layers 0", ["--critic-layers"]),
     "no threads": ("--num-threads 0", ["--num-threads"]),
