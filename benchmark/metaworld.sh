@@ -4,9 +4,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
-PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/metaworld} JOBS=${JOBS:-2} STEPS=${STEPS:-160000}
+PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/metaworld} JOBS=${JOBS:-2} STEPS=${STEPS:-120000}
 # task:steps of SFT, few enough that the policy is not good yet
-TASKS=${TASKS:-"lever-pull:60 peg-unplug-side:60 coffee-push:30 sweep-into:30 push:60 hand-insert:60 stick-push:30
+TASKS=${TASKS:-"lever-pull:60 peg-unplug-side:60 coffee-push:40 sweep-into:40 push:60 hand-insert:60 stick-push:20
   pick-place-wall:120"}
 NOISE=${NOISE:-"sweep-into push"}
 export PYTHON OUT STEPS
@@ -22,7 +22,8 @@ train() {  # script task seed
   ls "$out"/*/learning_curve.png > /dev/null 2>&1 && return
   rm -rf "$out"
   $PYTHON "$1.py" --env-id "metaworld_$2" --model tiny --obs-mode state --checkpoint "$OUT/sft/$2" --seed "$3" --num-envs 64 \
-    --num-steps 20 --num-minibatches 4 --lr-warmup 4 --total-timesteps "$steps" --eval-freq -1 --run-dir "$out" > "$out.log" 2>&1
+    --num-steps 20 --num-minibatches 4 --learning-rate 2e-4 --lr-warmup 4 --lr-schedule cosine --target-kl 0.1 \
+    --total-timesteps "$steps" --eval-freq -1 --run-dir "$out" > "$out.log" 2>&1
 }
 evaluate() {  # task
   [ -f "$OUT/$1.json" ] && return
