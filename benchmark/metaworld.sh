@@ -18,18 +18,18 @@ sft() {  # task:steps
 }
 train() {  # script task seed
   local out=$OUT/$1/$2-$3 steps=$STEPS
-  [ "$2" = mt10 ] && steps=$((3 * STEPS))
+  [ "$2" = mt10 ] && steps=$((2 * STEPS))
   ls "$out"/*/learning_curve.png > /dev/null 2>&1 && return
   rm -rf "$out"
-  $PYTHON "$1.py" --env-id "metaworld_$2" --model tiny --obs-mode state --checkpoint "$OUT/sft/$2" --seed "$3" --num-envs 64 \
-    --num-steps 20 --num-minibatches 4 --learning-rate 2e-4 --lr-warmup 4 --lr-schedule cosine --target-kl 0.1 \
-    --total-timesteps "$steps" --eval-freq -1 --run-dir "$out" > "$out.log" 2>&1
+  $PYTHON "$1.py" --env-id "metaworld_$2" --model tiny --obs-mode state --checkpoint "$OUT/sft/$2" --seed "$3" \
+    --num-envs 64 --num-steps 20 --denoise-steps 2 --num-minibatches 4 --learning-rate 2e-4 --lr-warmup 4 \
+    --lr-schedule cosine --target-kl 0.1 --total-timesteps "$steps" --eval-freq -1 --run-dir "$out" > "$out.log" 2>&1
 }
 evaluate() {  # task
   [ -f "$OUT/$1.json" ] && return
   local policies=("$OUT/sft/$1" "$OUT"/flow_*/"$1"-?/*/checkpoint)
-  $PYTHON evaluate.py --env-id "metaworld_$1" --obs-mode state --num-envs 50 --seeds 0 1 2 --json "$OUT/$1.json" \
-    --checkpoints "${policies[@]}" > "$OUT/$1.txt" 2>&1
+  $PYTHON evaluate.py --env-id "metaworld_$1" --obs-mode state --num-envs 50 --denoise-steps 2 --seeds 0 1 2 \
+    --json "$OUT/$1.json" --checkpoints "${policies[@]}" > "$OUT/$1.txt" 2>&1
 }
 export -f sft train evaluate
 mkdir -p "$OUT"/flow_sde_ppo "$OUT"/flow_noise_ppo

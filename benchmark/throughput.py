@@ -26,9 +26,9 @@ from envs import check_maniskill, import_libero, make_envs
 ROWS = {  # name: env_id, obs_mode, environments per process of make_envs, steps of the bare loop's episodes
     "metaworld-state": ("metaworld_push-v3", "state", 8, 500),
     "metaworld-rgb": ("metaworld_push-v3", "rgb", 1, 500),
-    "libero-state": ("libero_goal", "state", 1, 1000),
+    "libero-state": ("libero_goal", "state", 2, 1000),
     "libero-rgb": ("libero_goal", "rgb", 1, 1000),
-    "pickcube-state": ("maniskill:PickCube-v1", "state", 1, 50),
+    "pickcube-state": ("maniskill:PickCube-v1", "state", 8, 50),
     "pickcube-rgb": ("maniskill:PickCube-v1", "rgb", 1, 50),
     "carrot-rgb": ("maniskill_carrot", "rgb", 1, 60),
 }
@@ -172,7 +172,7 @@ def main(args):
     print(
         f"\nExecuted steps per second of {args.processes} processes, medians of {args.rounds} turns of "
         f"{args.seconds:g} s; ratio: median, lowest, highest. Chunks of {args.chunk_len}, small random "
-        "actions; resets are not timed. One environment per process (make_envs with MetaWorld's state: 8). "
+        "actions; resets are not timed. One environment per process (make_envs without pictures: 8, LIBERO 2). "
         "A bare loop with pictures draws at every step, as its own interface does; that of the last two "
         f"columns is asked for them after every {args.chunk_len}th. MUJOCO_GL={os.environ['MUJOCO_GL']}, "
         f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}."
