@@ -316,7 +316,7 @@ class Policy(nn.Module):
                     setattr(self, name, getattr(fresh, name))
 
     def set_trained(self, train, lora_rank=0, lora_alpha=0):
-        """"expert", "expert+lora" (adapters in the VLM, new ones unless it has some) or "all"."""
+        """ "expert", "expert+lora" (adapters in the VLM, new ones unless it has some) or "all"."""
         had, wanted = (self.config.lora_rank, self.config.lora_alpha), (lora_rank, lora_alpha)
         if train == "expert+lora" and self.lora and had != wanted:
             fail(f"the checkpoint has adapters of rank {had[0]} and alpha {had[1]}; pass these")

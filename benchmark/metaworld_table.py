@@ -1,6 +1,6 @@
 """The table and the picture of metaworld.sh: SFT and RL on MetaWorld tasks, 100 episodes of each policy.
 
-    python benchmark/metaworld_table.py runs/metaworld      # prints the table, writes docs/metaworld.png
+python benchmark/metaworld_table.py runs/metaworld      # prints the table, writes docs/metaworld.png
 """
 
 import csv
@@ -48,7 +48,9 @@ def main(folder):
         fail(f"{folder} has no reports: bash benchmark/metaworld.sh makes them")
     order = ["easy", "medium", "hard", "very hard"]
     classes = {task.removesuffix("-v3"): about["difficulty"] for task, about in METAWORLD.items()}
-    single = sorted((task for task in reports if task in classes), key=lambda task: order.index(classes[task]))
+    single = sorted(
+        (task for task in reports if task in classes), key=lambda task: order.index(classes[task])
+    )
     table = [("task", "class", "SFT", "Flow-SDE PPO, seeds, mean", "gain", "Flow-Noise PPO, seeds, mean")]
     gains, starts, ends = [], [], []
     for task in single:

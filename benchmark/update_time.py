@@ -23,7 +23,7 @@ import flow_noise_ppo
 import flow_sde_grpo
 import flow_sde_ppo
 from envs import make_envs
-from pi_models import Prefix, load_policy
+from pi_models import load_policy
 
 
 @dataclass

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from envs import make_envs  # noqa: E402
-from pi_models import TINY, Policy  # noqa: E402
+from envs import make_envs
+from pi_models import TINY, Policy
 
 os.environ.setdefault("MUJOCO_GL", "egl" if find_library("EGL") else "osmesa")  # before MuJoCo is imported
 torch.set_num_threads(1)  # at these sizes a second thread only waits for the first

@@ -12,9 +12,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tabletop as simulators  # noqa: E402
-from envs import make_envs, write_gif  # noqa: E402
-from tabletop import BLUE, BUTTON, HANDLE, PLATE, TASKS  # noqa: E402
+import tabletop as simulators
+from envs import make_envs, write_gif
+from tabletop import BLUE, BUTTON, HANDLE, PLATE, TASKS
 
 ALL = np.arange(500)  # fixed evaluation states, 50 per task
 SOME = ALL[::5]

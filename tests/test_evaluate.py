@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tabletop as simulators  # noqa: E402
-import evaluate as script  # noqa: E402
-from envs import make_envs  # noqa: E402
-from evaluate import Args, main, markdown, play_expert, summarize, wilson  # noqa: E402
-from pi_models import TINY, Policy, save_policy  # noqa: E402
+import evaluate as script
+import tabletop as simulators
+from envs import make_envs
+from evaluate import Args, main, markdown, play_expert, summarize, wilson
+from pi_models import TINY, Policy, save_policy
 
 torch.set_num_threads(1)
 

@@ -250,6 +250,7 @@ DAMAGE = {  # what is wrong: (layout, how, what the message has to say)
     "tokenizer": ("openpi", lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
 }  # fmt: skip
 
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged(tmp_path, damage, one_line_error):
     layout, how, says = DAMAGE[damage]

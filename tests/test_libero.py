@@ -234,7 +234,10 @@ def test_first_import(tmp_path):
 
 def test_missing_assets(tmp_path):
     code = "from envs import make_envs; make_envs('libero_goal', 1, 0)"
-    for folder in (str(tmp_path / "nowhere"), None):  # None: LIBERO would download them, here without a network
+    for folder in (
+        str(tmp_path / "nowhere"),
+        None,
+    ):  # None: LIBERO would download them, here without a network
         done = run(code, tmp_path, LIBERO_ASSETS=folder)
         last = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 2 and last.startswith("error: libero_goal: LIBERO's assets are missing")

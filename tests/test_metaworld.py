@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("metaworld", reason="MetaWorld is not installed: make install")
-from metaworld import env_dict  # noqa: E402
+from metaworld import env_dict
 
-import flow_noise_ppo  # noqa: E402
-import flow_sde_grpo  # noqa: E402
-import flow_sde_ppo  # noqa: E402
-import flow_sft  # noqa: E402
-from envs import METAWORLD, MetaWorld, make_envs, metaworld_tasks, touching_object  # noqa: E402
+import flow_noise_ppo
+import flow_sde_grpo
+import flow_sde_ppo
+import flow_sft
+from envs import METAWORLD, MetaWorld, make_envs, metaworld_tasks, touching_object
 
 THEIR_TOUCHING_OBJECT = env_dict.SawyerXYZEnv.touching_object  # a MetaWorld of ours replaces it
 TASK = "reach-v3"

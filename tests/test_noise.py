@@ -16,7 +16,7 @@ from torch.distributions import Independent, Normal
 
 import flow_noise_ppo
 import flow_sde_ppo
-from flow_noise_ppo import Agent, Args, log_prob, sde_transition, transition, update
+from flow_noise_ppo import Agent, Args, log_prob, sde_transition, update
 from pi_models import NoiseHead, Prefix, load_policy, save_policy
 
 LOW, HIGH = 0.2, 0.6

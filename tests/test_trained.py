@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_policy, observe
+from test_scripts import train
 
 import flow_noise_ppo
 import flow_sde_grpo
 import flow_sde_ppo
 from pi_models import LoRALinear, load_policy, save_policy
-from test_scripts import train
 
 
 def with_adapters(rank=3, alpha=6, **sizes):
