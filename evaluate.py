@@ -178,8 +178,10 @@ def main(args):
     for wrong, message in [
         (not args.checkpoints or not args.seeds, "--checkpoints and --seeds need at least one value"),
         (len(args.labels) not in (0, len(args.checkpoints)), "--labels: give one per checkpoint"),
-        (min(args.num_threads, args.chunk_len, args.num_envs) < 1,
-         "--num-threads, --chunk-len and --num-envs must be at least 1"),
+        (
+            min(args.num_threads, args.chunk_len, args.num_envs) < 1,
+            "--num-threads, --chunk-len and --num-envs must be at least 1",
+        ),
         (args.denoise_steps < smallest_k, f"--denoise-steps must be at least {smallest_k}"),
         (args.stochastic and args.noise_level <= 0, "--noise-level must be above 0 with --stochastic"),
         (gif and not gif.endswith(".gif"), f"--capture-video {gif}: the name must end in .gif"),

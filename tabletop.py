@@ -69,11 +69,13 @@ class Tabletop(gym.vector.VectorEnv):
         self.render_mode = "rgb_array"
         self.record = 0  # k > 0: step_chunk also gives info["frames"], pictures of the first k environments
         letters = "".join(sorted(set("".join(self.prompts))))
-        self.single_observation_space = spaces.Dict({
-            "images": spaces.Box(0, 255, (1, 32, 32, 3), np.uint8),
-            "state": spaces.Box(-1, 1, (4,), np.float32),
-            "prompt": spaces.Text(max(map(len, self.prompts)), charset=letters),
-        })
+        self.single_observation_space = spaces.Dict(
+            {
+                "images": spaces.Box(0, 255, (1, 32, 32, 3), np.uint8),
+                "state": spaces.Box(-1, 1, (4,), np.float32),
+                "prompt": spaces.Text(max(map(len, self.prompts)), charset=letters),
+            }
+        )
         self.single_action_space = spaces.Box(-1, 1, (3,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -240,47 +242,77 @@ class Tabletop(gym.vector.VectorEnv):
         top = np.column_stack([self.handle_x[rows], np.full(len(held), CABINET_Y)])
         handle = (CABINET_Y - HANDLE_Y + self.opening[rows])[:, None, None]  # from the cabinet to the handle
         front = handle - 0.06  # to the front panel
-        paint(canvas, top, (0.32, 0.62), lambda x, y, px: [
-            (0.35 * box(x - 0.02, y + front / 2 + 0.02, 0.24, front / 2 + 0.03, 0.08), SHADOW),
-            (box(x, y + front / 2, 0.22, front / 2, px), DRAWER),
-            (box(x, y + front / 2, 0.18, front / 2, px), INSIDE),
-            (box(x, y + front, 0.24, 0.04, px), DRAWER),
-            (box(x, y + handle, 0.13, 0.045, px), YELLOW),
-        ])
-        paint(canvas, objects[:, PLATE], (0.33, 0.33), lambda x, y, px: [
-            (0.35 * disc(x - 0.02, y + 0.03, 0.25, 0.06), SHADOW),
-            (disc(x, y, 0.25, px), WHITE * 0.86),
-            (disc(x, y, 0.235, px), WHITE),
-            (disc(x, y, 0.17, px), WHITE * 0.9),
-            (disc(x, y, 0.155, px), WHITE),
-        ])
-        paint(canvas, objects[:, BOWL], (0.30, 0.30), lambda x, y, px: [
-            (0.35 * disc(x - 0.02, y + 0.03, 0.22, 0.06), SHADOW),
-            (disc(x, y, 0.22, px), ORANGE),
-            (disc(x, y, 0.155, px), BOWL_INSIDE),
-            (0.5 * disc(x + 0.02, y - 0.03, 0.10, 0.06), BOWL_INSIDE * 1.3),
-        ])
+        paint(
+            canvas,
+            top,
+            (0.32, 0.62),
+            lambda x, y, px: [
+                (0.35 * box(x - 0.02, y + front / 2 + 0.02, 0.24, front / 2 + 0.03, 0.08), SHADOW),
+                (box(x, y + front / 2, 0.22, front / 2, px), DRAWER),
+                (box(x, y + front / 2, 0.18, front / 2, px), INSIDE),
+                (box(x, y + front, 0.24, 0.04, px), DRAWER),
+                (box(x, y + handle, 0.13, 0.045, px), YELLOW),
+            ],
+        )
+        paint(
+            canvas,
+            objects[:, PLATE],
+            (0.33, 0.33),
+            lambda x, y, px: [
+                (0.35 * disc(x - 0.02, y + 0.03, 0.25, 0.06), SHADOW),
+                (disc(x, y, 0.25, px), WHITE * 0.86),
+                (disc(x, y, 0.235, px), WHITE),
+                (disc(x, y, 0.17, px), WHITE * 0.9),
+                (disc(x, y, 0.155, px), WHITE),
+            ],
+        )
+        paint(
+            canvas,
+            objects[:, BOWL],
+            (0.30, 0.30),
+            lambda x, y, px: [
+                (0.35 * disc(x - 0.02, y + 0.03, 0.22, 0.06), SHADOW),
+                (disc(x, y, 0.22, px), ORANGE),
+                (disc(x, y, 0.155, px), BOWL_INSIDE),
+                (0.5 * disc(x + 0.02, y - 0.03, 0.10, 0.06), BOWL_INSIDE * 1.3),
+            ],
+        )
         down = self.pressed[rows][:, None, None]
-        paint(canvas, objects[:, BUTTON], (0.22, 0.22), lambda x, y, px: [
-            (0.35 * disc(x - 0.02, y + 0.03, 0.14, 0.06), SHADOW),
-            (disc(x, y, 0.14, px), np.where(down[..., None], CYAN, DARK)),  # lights up
-            (disc(x, y, np.where(down, 0.085, 0.105), px), MAGENTA),
-        ])
+        paint(
+            canvas,
+            objects[:, BUTTON],
+            (0.22, 0.22),
+            lambda x, y, px: [
+                (0.35 * disc(x - 0.02, y + 0.03, 0.14, 0.06), SHADOW),
+                (disc(x, y, 0.14, px), np.where(down[..., None], CYAN, DARK)),  # lights up
+                (disc(x, y, np.where(down, 0.085, 0.105), px), MAGENTA),
+            ],
+        )
         for block in self.order[rows].T:  # the lowest first
             lifted = (held == block)[:, None, None]
             half, drop = np.where(lifted, 0.135, 0.12), np.where(lifted, 0.05, 0.02)  # nearer to the camera
             colour = BLOCKS[block][:, None, None]
-            paint(canvas, objects[np.arange(len(held)), block], (0.22, 0.22), lambda x, y, px: [
-                (0.4 * box(x - drop, y + drop, half, half, 0.06), SHADOW),
-                (box(x, y, half, half, px), colour * 0.72),
-                (box(x, y, half - 0.025, half - 0.025, px), colour),
-            ])
+            paint(
+                canvas,
+                objects[np.arange(len(held)), block],
+                (0.22, 0.22),
+                lambda x, y, px: [
+                    (0.4 * box(x - drop, y + drop, half, half, 0.06), SHADOW),
+                    (box(x, y, half, half, px), colour * 0.72),
+                    (box(x, y, half - 0.025, half - 0.025, px), colour),
+                ],
+            )
         gap = np.maximum(0.20 - 0.15 * self.fingers[rows], np.where(held == NOTHING, 0, 0.15))[:, None, None]
-        paint(canvas, gripper, (0.25, 0.2), lambda x, y, px: [
-            (box(np.abs(x) - gap, y, 0.025, 0.09, px), DARK),
-            (box(x, y - 0.115, gap + 0.025, 0.025, px), DARK),
-            (box(x, y - 0.15, 0.06, 0.035, px), DARK),
-        ])
+        paint(
+            canvas,
+            gripper,
+            (0.25, 0.2),
+            lambda x, y, px: [
+                (box(np.abs(x) - gap, y, 0.025, 0.09, px), DARK),
+                (box(x, y - 0.115, gap + 0.025, 0.025, px), DARK),
+                (box(x, y - 0.15, 0.06, 0.035, px), DARK),
+            ],
+        )
         return (canvas + 0.5).astype(np.uint8)
 
 
@@ -297,12 +329,17 @@ BLOCKS = np.float32([(222, 40, 40), (40, 170, 60), (40, 90, 230)])  # red, green
 def background(size):
     """The empty table and the cabinet's top: (1, size, size, 3)."""
     canvas = np.tile(EDGE, (1, size, size, 1))
-    paint(canvas, np.zeros((1, 2)), (VIEW, VIEW), lambda x, y, px: [
-        (box(x, y, 1, 1, px), TABLE),
-        (0.06 * (0.5 + 0.5 * np.sin(9 * y + 2 * np.sin(1.3 * x))) * box(x, y, 1, 1, px), EDGE),  # grain
-        (0.3 * box(x, y - 0.92, 1.2, 0.15, 0.06), SHADOW),
-        (box(x, y - CABINET_Y - 0.2, 1.2, 0.2, px), CABINET),
-    ])
+    paint(
+        canvas,
+        np.zeros((1, 2)),
+        (VIEW, VIEW),
+        lambda x, y, px: [
+            (box(x, y, 1, 1, px), TABLE),
+            (0.06 * (0.5 + 0.5 * np.sin(9 * y + 2 * np.sin(1.3 * x))) * box(x, y, 1, 1, px), EDGE),  # grain
+            (0.3 * box(x, y - 0.92, 1.2, 0.15, 0.06), SHADOW),
+            (box(x, y - CABINET_Y - 0.2, 1.2, 0.2, px), CABINET),
+        ],
+    )
     return canvas
 
 
