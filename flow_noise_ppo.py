@@ -34,12 +34,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs import make_envs, select_rows, write_gif
 from flags import as_command, fail, parse
-from pi_models import load_policy, save_policy
+from pi_models import Policy, Prefix, load_policy, save_policy
 
 
 @dataclass
@@ -101,7 +102,7 @@ class Args:
     ent_coef: float = 0.005  # weight of the entropy bonus
 
 
-def defaults(env_id, model):
+def defaults(env_id: str, model: str) -> Args:
     """Args with the paper's row (paper.toml); for the tiny policy, which knows the tabletop only, a trial."""
     if env_id.startswith("tabletop"):
         return Args()
@@ -118,12 +119,12 @@ def defaults(env_id, model):
     return Args(**{name: value for name, value in row.items() if hasattr(Args, name)})
 
 
-def transition(x, velocity, delta, noise_std):
+def transition(x: Tensor, velocity: Tensor, delta: float, noise_std: Tensor):
     """Eq. 4: the Gaussian A^{tau+delta} | A^tau around the ODE's step, as wide as the noise head wants it."""
     return x + velocity * delta, noise_std  # (B, H, D) twice
 
 
-def sde_transition(x, velocity, tau, delta, noise_level):
+def sde_transition(x: Tensor, velocity: Tensor, tau: Tensor, delta: float, noise_level: float):
     """Eq. 9 in the right clock: the Gaussian A^{tau+delta} | A^tau of an SDE with the ODE's marginals.
 
     tau = 0 is noise and tau = 1 is the action. The noise pushes x off the flow and the score pulls it back;
@@ -138,7 +139,7 @@ def sde_transition(x, velocity, tau, delta, noise_level):
     return mu, std  # (B, H, D), (B, 1, 1)
 
 
-def log_prob(x_next, mu, std, chunk_len, action_dim):
+def log_prob(x_next: Tensor, mu: Tensor, std: Tensor, chunk_len: int, action_dim: int) -> Tensor:
     """log N(x_next; mu, std) of a chunk: the sum over executed steps and real action dims, not padding."""
     terms = -0.5 * ((x_next - mu) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)  # (B, H, D)
     return terms[:, :chunk_len, :action_dim].sum(dim=(1, 2))  # (B,)
@@ -147,20 +148,20 @@ def log_prob(x_next, mu, std, chunk_len, action_dim):
 class Agent:
     """The policy as RL sees it: random, and able to say how probable a stored chunk is under its weights."""
 
-    def __init__(self, policy, args):
+    def __init__(self, policy: Policy, args: Args):
         self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
         self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.average = args.noise_level, args.logprob_reduction == "mean"
         self.num_stochastic, self.num_decisions = self.K, 1  # per chunk
 
     @torch.no_grad()
-    def encode(self, obs):
+    def encode(self, obs: dict) -> tuple[Prefix, dict[str, Tensor]]:
         """The prefix, and what the update needs for it: a frozen VLM's prefix itself, or else its inputs."""
         inputs = self.policy.preprocess(obs)
         prefix = self.policy.encode(inputs)
         return prefix, inputs if self.policy.vlm_trained else prefix._asdict()
 
-    def step(self, prefix, x, tau):
+    def step(self, prefix: Prefix, x: Tensor, tau: Tensor):
         """The velocity at x, and mean and std of the Gaussian that the next x is drawn from."""
         velocity, features = self.policy.velocity(prefix, x, tau)
         if self.noise == "sde":  # the paper's Fig. 8: the noise of flow_sde_ppo.py (Eq. 9)
@@ -176,7 +177,7 @@ class Agent:
         return terms.mean(dim=1, keepdim=True) if self.average else terms.sum(dim=1, keepdim=True)
 
     @torch.no_grad()
-    def act(self, prefix, generator, deterministic=False):
+    def act(self, prefix: Prefix, generator: torch.Generator, deterministic=False):
         """Denoise from A^0 ~ N(0, I): chain (B, K+1, H, D), its random steps, log-prob of the decisions."""
         B, device, c = len(prefix.mask), prefix.mask.device, self.policy.config
         denoise_idx = torch.arange(self.num_stochastic, device=device).expand(B, -1)  # every step
@@ -195,7 +196,7 @@ class Agent:
         logprob = None if deterministic else self.joint(torch.stack(logprobs, dim=1))  # Eq. 5
         return torch.stack(chain, dim=1), denoise_idx, logprob
 
-    def evaluate_actions(self, prefix, chain, denoise_idx):
+    def evaluate_actions(self, prefix: Prefix, chain: Tensor, denoise_idx: Tensor):
         """Log-prob and entropy of stored decisions, and std of their steps, under the present weights."""
         k = denoise_idx.flatten()  # (B * S,)
         row = torch.arange(len(chain), device=chain.device).repeat_interleave(self.num_stochastic)
@@ -206,7 +207,7 @@ class Agent:
         logprob = torch.cat([self.log_prior(chain[:, 0])[:, None], logprob.view_as(denoise_idx)], dim=1)
         return self.joint(logprob), self.joint(entropy.view_as(denoise_idx)), std
 
-    def value(self, prefix, chain=None, generator=None):
+    def value(self, prefix: Prefix, chain: Tensor = None, generator=None) -> Tensor:
         """V(o), (B, 1)."""
         head, B, K = self.policy.value_head, len(prefix.mask), self.K
         if self.policy.config.critic == "vlm":
@@ -220,7 +221,7 @@ class Agent:
         return values.mean(dim=1, keepdim=True)  # Eq. 16
 
 
-def now(device):
+def now(device: torch.device) -> float:
     """Seconds on a clock that waits for the GPU's work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -286,7 +287,7 @@ def compute_advantages(rewards, values, next_value, terminated, truncated, final
     return returns - values, returns
 
 
-def update(agent, optimizer, batch, args, generator):
+def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     """PPO on the chunks in which the episode was alive: clipped surrogate (Eqs. 14-15) and value loss."""
     names = ("chain", "denoise_idx", "logprob", "advantages")
     chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
@@ -333,7 +334,7 @@ def update(agent, optimizer, batch, args, generator):
 
 
 @torch.no_grad()
-def evaluate(agent, envs, deterministic=True, seed=0, record=0):
+def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
     """One episode from each fixed evaluation state, by the ODE: success, length, task (M,) and frames."""
     generator = torch.Generator(agent.policy.device).manual_seed(seed)
     states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
@@ -360,7 +361,7 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0):
     return {"success": success.astype(bool), "length": length, "task": task, "frames": frames}
 
 
-def check(args):
+def check(args: Args):
     """The user's mistakes, before anything is built or written."""
     counts = ("num_threads", "num_envs", "num_steps", "chunk_len", "total_timesteps", "update_epochs")
     counts += ("num_minibatches", "save_freq", "denoise_steps", "critic_layers")
@@ -381,7 +382,7 @@ def check(args):
             fail(message)
 
 
-def main(args):
+def main(args: Args):
     check(args)
 
     # -- environments, policy, optimiser
