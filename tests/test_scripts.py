@@ -20,7 +20,7 @@ import flow_sde_grpo
 import flow_sde_ppo
 from envs import make_envs
 from pi_models import load_policy, save_policy
-from tabletop import Tabletop
+from simulators.tabletop import Tabletop
 
 ROOT = Path(__file__).resolve().parents[1]
 THREE = flow_sde_ppo, flow_noise_ppo, flow_sde_grpo
