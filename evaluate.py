@@ -28,10 +28,11 @@ import torch
 import tyro
 
 import flow_sde_ppo
-from envs import METAWORLD, make_envs, write_gif
+from envs import make_envs, write_gif
 from flags import fail
 from flow_sde_ppo import Agent, evaluate
 from pi_models import load_policy
+from simulators.metaworld import METAWORLD
 
 
 @dataclass

@@ -9,7 +9,7 @@ import sys
 from typing import Annotated, TypedDict
 
 
-def fail(message):
+def fail(message: str):
     """A user's mistake: one line on stderr and exit code 2, never a traceback."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)

@@ -321,7 +321,7 @@ class Policy(nn.Module):
             fail(what.format(*mine, state, action))
 
     def set_trained(self, train, lora_rank=0, lora_alpha=0):
-        """What learns: "expert", "expert+lora" (adapters in the VLM, new ones unless there are some), "all"."""
+        """What learns: "expert", "expert+lora" (the VLM's adapters, new ones unless it has some) or "all"."""
         had, wanted = (self.config.lora_rank, self.config.lora_alpha), (lora_rank, lora_alpha)
         if train == "expert+lora" and self.lora and had != wanted:
             fail(f"the checkpoint has adapters of rank {had[0]} and alpha {had[1]}; pass these")

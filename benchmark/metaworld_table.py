@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from envs import METAWORLD, fail  # noqa: E402
+from envs import fail  # noqa: E402
 from evaluate import wilson  # noqa: E402
+from simulators.metaworld import METAWORLD  # noqa: E402
 
 T95 = {1: 12.706, 2: 4.303}  # two-sided 95 % quantile of Student's t, by degrees of freedom
 

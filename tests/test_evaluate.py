@@ -12,10 +12,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate as script
-import tabletop as simulators
 from envs import make_envs
 from evaluate import Args, main, markdown, play_expert, summarize, wilson
 from pi_models import TINY, Policy, load_policy, save_policy
+from simulators import tabletop
 
 torch.set_num_threads(1)
 
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def few_states(monkeypatch):
     """Six evaluation states per task instead of fifty."""
-    monkeypatch.setattr(simulators, "EVAL_STATES", 6)
+    monkeypatch.setattr(tabletop, "EVAL_STATES", 6)
 
 
 def cells(table):
@@ -148,7 +148,7 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
         assert table["length of successes"][column] == f"{steps:.1f}"
         assert table["**mean**"][column] == f"**{wins / 120:.1%} ({wins}/120)**"
         assert table["95% interval"][column] == "{:.1%} to {:.1%}".format(*wilson(wins, 120))
-        for i, task in enumerate(simulators.TASKS):
+        for i, task in enumerate(tabletop.TASKS):
             wins = sum(int(success) for run in runs.values() for success in run["success"][i::10])
             assert table[task][column] == f"{wins / 12:.1%} ({wins}/12)"
             assert result["tasks"][task] == {"success_rate": wins / 12, "successes": wins, "episodes": 12}
@@ -176,7 +176,7 @@ def test_without_a_success_there_is_no_length():
 
 
 def test_run_with_video(few_states, checkpoint, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(simulators.Tabletop, "max_episode_steps", 15)
+    monkeypatch.setattr(tabletop.Tabletop, "max_episode_steps", 15)
     gif, path = tmp_path / "demo.gif", tmp_path / "numbers.json"
     args = Args(checkpoints=(checkpoint, checkpoint), labels=("before", "after"), capture_video=str(gif))
     args.env_id, args.json = "tabletop_press_button", str(path)
@@ -221,7 +221,7 @@ def test_name_of_a_run(checkpoint, few_states, monkeypatch, capsys):
 
 
 def test_a_checkpoint_is_played_as_it_was_trained(few_states, checkpoint, monkeypatch, tmp_path, capsys):
-    """By its args.json, beside the weights or in the run's folder; a flag goes before; who chose it is said."""
+    """By its args.json, beside the weights or above; a flag goes before; who chose it is said."""
     seen = []
 
     def invented(agent, envs, deterministic=True, seed=0, record=0):
@@ -251,7 +251,7 @@ def test_a_checkpoint_is_played_as_it_was_trained(few_states, checkpoint, monkey
 
 
 def test_the_ode_needs_no_noise_head(few_states, checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(simulators.Tabletop, "max_episode_steps", 5)
+    monkeypatch.setattr(tabletop.Tabletop, "max_episode_steps", 5)
     tables = []
     for noise in ("sde", "learned"):
         main(Args(checkpoints=(checkpoint,), env_id="tabletop_press_button", noise=noise))

@@ -15,7 +15,8 @@ from metaworld import env_dict
 
 import flow_sde_ppo
 import flow_sft
-from envs import METAWORLD, MetaWorld, make_envs, metaworld_tasks, touching_object
+from envs import make_envs
+from simulators.metaworld import METAWORLD, MetaWorld, metaworld_tasks, touching_object
 
 THEIR_TOUCHING_OBJECT = env_dict.SawyerXYZEnv.touching_object  # a MetaWorld of ours replaces it
 TASK = "reach-v3"
@@ -63,7 +64,7 @@ def test_tasks():
         assert set(metaworld_tasks(name)) == set(theirs)
     assert set(metaworld_tasks("ml45")) == set(env_dict.ML45_V3["train"])
     assert set(metaworld_tasks("ml45_test")) == set(env_dict.ML45_V3["test"])
-    assert metaworld_tasks("push-v3") == ["push-v3"]
+    assert metaworld_tasks("push-v3") == metaworld_tasks("push") == ["push-v3"]
 
 
 def test_wrong_id(one_line_error):
@@ -116,7 +117,7 @@ def test_success_is_an_end(envs):
 
 def test_touching_object():
     """While the scripted expert grasps a puck: at every step and for every geom what MetaWorld says."""
-    simulator, touched = MetaWorld(["pick-place-v3"], "state", "paper"), []
+    simulator, touched = MetaWorld("metaworld_pick-place-v3", "state", "paper"), []
     simulator.reset(0, 3)
     for _ in range(60):
         simulator.step(simulator.expert_action())
@@ -189,7 +190,7 @@ def test_evaluation_states_are_fixed(envs):
 @pytest.fixture(scope="module")
 def picture():
     try:
-        simulator = MetaWorld(["push-v3"], "rgb", "paper")
+        simulator = MetaWorld("metaworld_push-v3", "rgb", "paper")
         simulator.reset(0, 0)
         return simulator, simulator.observe()
     except Exception as error:  # of any class, without the libraries
@@ -286,7 +287,7 @@ class Breaks(MetaWorld):
 
 
 def test_an_error_is_named(one_line_error, monkeypatch):
-    monkeypatch.setattr("envs.MetaWorld", Breaks)
+    monkeypatch.setattr("simulators.metaworld.MetaWorld", Breaks)
     envs = make(2)
     envs.reset(options={"eval_states": [7, 8]})
     actions = wander(2, 5)

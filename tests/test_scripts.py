@@ -23,7 +23,7 @@ import flow_sft
 from envs import make_envs
 from flags import as_command, parse
 from pi_models import load_policy, save_policy
-from tabletop import Tabletop
+from simulators.tabletop import Tabletop
 
 ROOT = Path(__file__).resolve().parents[1]
 THREE = flow_sde_ppo, flow_noise_ppo, flow_sde_grpo
@@ -151,7 +151,7 @@ MISTAKES = {  # what: (flags, what the message has to say)
     "another architecture": ("--checkpoint {tmp}/other", ["architecture", "depth is 2 and not 3"]),
     "no environments": ("--num-envs 0", ["--num-envs"]),
     "fewer than none": ("--num-envs -4", ["--num-envs"]),
-    "another robot": ("--checkpoint {tmp}/robot", ["robot has 4 numbers of state and 4 of action", "4 and 3"]),
+    "another robot": ("--checkpoint {tmp}/robot", ["4 numbers of state and 4 of action", "4 and 3"]),
     "no chunks": ("--num-steps 0", ["--num-steps"]),
     "no denoise steps": ("--denoise-steps 0", ["--denoise-steps"]),
     "CPS with nothing but its last step": ("--denoise-steps 1 --sde-solver cps", ["--denoise-steps", "cps"]),
