@@ -271,7 +271,7 @@ def score_terms(steps=(1, 2, 4, 10)):
                     cosine = exact @ score / np.linalg.norm(exact) / np.linalg.norm(score)
                     cells = ["{:.3f}, {:.3f}".format(*pair) for pair in (exact, score, score / exact)]
                     cells += [f"{cosine:.4f}", f"{variance.sum() / (score @ score):.0f}"]
-                names = "exact gradient", "score term", "ratio", "cosine", "variance of a chunk / score term²"
+                names = "exact gradient", "score term", "ratio", "cosine", "variance of a chunk / score²"
                 for name, cell in zip(names, cells):
                     rows.setdefault(f"{mdp}: {name}", []).append(cell)
         rows = {name: rows[name] for name in sorted(rows, key=lambda name: name.startswith("two"))}
