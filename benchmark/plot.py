@@ -145,7 +145,7 @@ def evaluations(args, metrics, start=None):
 
 
 def at_equal_progress(curves, points=200):
-    """Steps, minutes and success rates, (seeds, points) each, when the seeds have done the same part of a run.
+    """Steps, minutes, success rates, (seeds, points) each, when the seeds have done the same part of a run.
 
     So no curve is cut at its fastest seed.
     """
@@ -266,10 +266,11 @@ def main(args):
         report(args.runs, args.output)
         return
     table, sft, p = read(args.runs[0])
+    how = sft[0]["sampler"]
     print(f"\n{markdown(table, sft)}\n")
     print(
         f"{sft[0]['episodes']} episodes per seed, one from each of the fixed states of {p['env_id']}, at "
-        f"most {p['max_episode_steps']} steps, K = {p['denoise_steps']}, chunks of {p['chunk_len']}.\n"
+        f"most {p['max_episode_steps']} steps, K = {how['denoise_steps']}, chunks of {how['chunk_len']}.\n"
         f"Intervals: over seeds, Student's t; SFT: over its episodes, Wilson. With noise: as in training. "
         f"Minutes: of one run, without evaluations.\n"
     )
