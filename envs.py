@@ -49,18 +49,14 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv
 from gymnasium.vector.utils import batch_space
 
+from flags import fail
+
 SIMULATORS = {  # what an env_id begins with: the class, imported when it is asked for
     "tabletop": "simulators.tabletop:Tabletop",
     "metaworld": "simulators.metaworld:MetaWorld",
     "libero": "simulators.libero:Libero",
     "maniskill": "simulators.maniskill:ManiSkill",
 }
-
-
-def fail(message: str):
-    """A user's mistake: one line on stderr and exit code 2, never a traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def make_envs(
