@@ -1,11 +1,12 @@
 # Everything runs in .venv, which is made on first use: nothing has to be activated. It holds the core first, which
 # is all that the tabletop needs, and the simulators when somebody asks for them: each has a stamp file.
 PYTHON = python3
+ARGS =
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations 10 -n 2 --dist loadfile
 FAST = $(filter-out $(patsubst %,tests/test_%.py,metaworld libero maniskill),$(wildcard tests/test_*.py))
 
-.PHONY: help install apt check lint test test-fast demo sft vlm
+.PHONY: help install apt check lint test test-fast demo sft vlm diffs
 
 help:
 	@echo "make demo      Flow-SDE PPO from the shipped SFT policy, then both policies evaluated: table, curve, GIF"
@@ -15,9 +16,11 @@ help:
 	@echo "make install   only installs: requirements.txt with MetaWorld and ManiSkill, and LIBERO"
 	@echo "make check     which simulators work here, and what is missing"
 	@echo "make lint      ruff: mistakes and format"
+	@echo "make diffs     writes the diffs between the three scripts into docs/diffs.md"
 	@echo "make test      all tests"
 	@echo "make test-fast the tests that need no simulator, two minutes"
 	@echo "make apt       as root, on Debian: the libraries that draw pictures without a GPU"
+	@echo "ARGS=...       flags for the script that demo, sft or vlm runs, or for pytest: make demo ARGS='--seed 2'"
 	@echo "PYTHON=...     the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))"
 
 .venv/core: requirements-core.txt
@@ -53,21 +56,24 @@ lint: .venv/installed
 	@.venv/bin/python -m ruff format --check .
 
 test: .venv/installed
-	@$(PYTEST) tests
+	@$(PYTEST) tests $(ARGS)
 
 test-fast: .venv/installed
-	@$(PYTEST) $(FAST)
+	@$(PYTEST) $(FAST) $(ARGS)
 
 demo: .venv/core
 	@set -e; folder=runs/demo-$$(date +%Y%m%d-%H%M%S); \
-	.venv/bin/python flow_sde_ppo.py --seed 1 --run-dir $$folder; \
+	.venv/bin/python flow_sde_ppo.py --seed 1 --run-dir $$folder $(ARGS); \
 	run=$$(dirname $$folder/*/checkpoint); \
 	.venv/bin/python evaluate.py --checkpoints checkpoints/tabletop-sft $$run/checkpoint --labels SFT RL \
 		--stochastic --json $$run/evaluation.json --capture-video $$run/sft_rl.gif; \
 	echo "learning curve: $$run/learning_curve.png"
 
 sft: .venv/core
-	@.venv/bin/python flow_sft.py
+	@.venv/bin/python flow_sft.py $(ARGS)
 
 vlm: .venv/core
-	@.venv/bin/python flow_sft.py --pretrain
+	@.venv/bin/python flow_sft.py --pretrain $(ARGS)
+
+diffs: .venv/core
+	@.venv/bin/python benchmark/diffs.py

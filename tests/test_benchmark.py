@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
+import draw  # noqa: E402
 import plot  # noqa: E402
 from marginals import toy_gradient, toy_return, toy_reward, toy_scores, toy_step  # noqa: E402
 
@@ -173,3 +174,19 @@ def test_comparison_table_and_picture(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| Flow-SDE PPO | 60.0% | 70.0% | **65.0%**" in out and "cannot be told apart" in out
     assert (tmp_path / "compare.png").exists()
+
+
+@pytest.mark.parametrize(
+    "drawing", [draw.architecture, draw.two_layer_mdp], ids=lambda drawing: drawing.__name__
+)
+def test_no_words_overlap(drawing):
+    figure = drawing().figure
+    figure.draw_without_rendering()
+    words = [text for text in figure.axes[0].texts if text.get_text() and not text.get_rotation()]
+    boxes = [text.get_window_extent() for text in words]
+    assert len(words) > 30
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, words[i].get_text()
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, words[i].get_text()
+        touched = [words[j].get_text() for j in range(i) if box.overlaps(boxes[j])]
+        assert not touched, (words[i].get_text(), touched)
