@@ -10,12 +10,6 @@ ROOT = Path(__file__).resolve().parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
 # the tests are inside of the last two; the others install, or take minutes
 LONG = ["install", "apt", "check", "test", "test-fast"]
-    "install",
-    "apt",
-    "check",
-    "test",
-    "test-fast",
-]  # CI begins with two of them and is in the middle of one
 installed = pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="tests run outside .venv")
 
 
