@@ -1,9 +1,15 @@
-"""The documentation: links lead somewhere, and the README stays short."""
+"""The documentation: links lead somewhere, the README stays short, and code that is shown runs."""
 
 import re
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import envs
+from pi_models import load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "checkpoints").rglob("*.md")])
@@ -60,3 +66,43 @@ def test_broken_links_are_found(tmp_path):
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 260
+
+
+def code_after(page, marker):
+    """The block of code that follows a marker in a page of docs/."""
+    text = (ROOT / "docs" / page).read_text()
+    return re.search(rf"<!-- {re.escape(marker)} -->\n\n```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_environment_of_the_docs(tmp_path, monkeypatch):
+    """The simulator of your_own_environment.md keeps the contract, and its expert solves it."""
+    (tmp_path / "mine.py").write_text(code_after("your_own_environment.md", "simulators/mine.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(envs.SIMULATORS, "mine", "mine:Mine")
+    for obs_mode, images, state in (("rgb", (8, 1, 32, 32, 3), (8, 2)), ("state", (8, 0, 1, 1, 3), (8, 6))):
+        mine = envs.make_envs("mine", 8, 0, partial_reset=False, obs_mode=obs_mode)
+        obs, _ = mine.reset(options={"eval_states": np.arange(46, 54)})  # of both tasks
+        assert obs["images"].shape == images and obs["state"].shape == state
+        assert obs["prompt"] == ["touch the red square"] * 4 + ["touch the blue square"] * 4
+        for _ in range(mine.max_episode_steps):
+            *_, info = mine.step_chunk(mine.expert_action()[:, None])
+        assert info["success"].all()
+        mine.close()
+
+
+def test_demonstrations_of_the_docs(tmp_path, monkeypatch):
+    """The script of your_own_demonstrations.md makes a policy of another robot from files."""
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        episode = {
+            "images": rng.integers(0, 256, (6, 1, 32, 32, 3), np.uint8),
+            "state": rng.normal(size=(6, 5)),
+        }
+        np.savez(tmp_path / f"{i}.npz", **episode, actions=rng.uniform(-1, 1, (6, 2)), prompt=f"task {i}")
+    script = code_after("your_own_demonstrations.md", "demonstrations").replace("300, 3e-4", "2, 3e-4")
+    monkeypatch.setattr(sys, "argv", ["script", str(tmp_path), str(tmp_path / "policy")])
+    exec(compile(script, "your_own_demonstrations.md", "exec"), {})
+    policy = load_policy(str(tmp_path / "policy"))
+    assert (policy.config.state_dim, policy.env_action_dim) == (5, 2)
+    actions = np.concatenate([np.load(tmp_path / f"{i}.npz")["actions"] for i in range(3)])
+    np.testing.assert_allclose(policy.stats["actions"]["mean"], actions.mean(axis=0), atol=1e-6)
