@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from envs import METAWORLD, fail
 from evaluate import wilson
+from flags import fail
+from simulators.metaworld import METAWORLD
 
 SCRIPTS = {"flow_noise_ppo": ("Flow-Noise PPO", "tab:orange"), "flow_sde_ppo": ("Flow-SDE PPO", "tab:blue")}
 T95 = {1: 12.706, 2: 4.303}  # two-sided 95 % quantile of Student's t, by degrees of freedom

@@ -23,6 +23,9 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from flags import fail
+
 SCRIPTS = {
     "flow_sde_ppo": "Flow-SDE PPO",
     "flow_noise_ppo": "Flow-Noise PPO",
@@ -37,11 +40,6 @@ class Args:
     """folders of runs, or the one of benchmark/compare.sh"""
     output: Path = Path("runs/plot.png")
     """picture to write"""
-
-
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def interval(*samples):
@@ -145,7 +143,7 @@ def evaluations(args, metrics, start=None):
 
 
 def at_equal_progress(curves, points=200):
-    """Steps, minutes and success rates, (seeds, points) each, where all have done the same part of a run.
+    """Steps, minutes, success rates, (seeds, points) each, when the seeds have done the same part of a run.
 
     So no curve is cut at its fastest seed.
     """
@@ -266,10 +264,11 @@ def main(args):
         report(args.runs, args.output)
         return
     table, sft, p = read(args.runs[0])
+    how = sft[0]["sampler"]
     print(f"\n{markdown(table, sft)}\n")
     print(
         f"{sft[0]['episodes']} episodes per seed, one from each of the fixed states of {p['env_id']}, at "
-        f"most {p['max_episode_steps']} steps, K = {p['denoise_steps']}, chunks of {p['chunk_len']}.\n"
+        f"most {p['max_episode_steps']} steps, K = {how['denoise_steps']}, chunks of {how['chunk_len']}.\n"
         f"Intervals: over seeds, Student's t; SFT: over its episodes, Wilson. With noise: as in training. "
         f"Minutes: of one run, without evaluations.\n"
     )

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import flow_sde_ppo
-from tabletop import Tabletop
+from simulators.tabletop import Tabletop
 
 
 @dataclass

@@ -21,7 +21,9 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from envs import check_maniskill, import_libero, make_envs
+from envs import make_envs
+from simulators.libero import import_libero
+from simulators.maniskill import check_maniskill
 
 ROWS = {  # name: env_id, obs_mode, environments per process of make_envs, steps of the bare loop's episodes
     "metaworld-state": ("metaworld_push-v3", "state", 8, 500),

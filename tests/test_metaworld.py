@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("metaworld", reason="MetaWorld is not installed: make install")
+from conftest import Silent
 from metaworld import env_dict
 
-import flow_noise_ppo
-import flow_sde_grpo
 import flow_sde_ppo
 import flow_sft
-from envs import METAWORLD, MetaWorld, make_envs, metaworld_tasks, touching_object
+from envs import make_envs
+from simulators.metaworld import METAWORLD, MetaWorld, metaworld_tasks, touching_object
 
 THEIR_TOUCHING_OBJECT = env_dict.SawyerXYZEnv.touching_object  # a MetaWorld of ours replaces it
 TASK = "reach-v3"
@@ -64,7 +64,7 @@ def test_tasks():
         assert set(metaworld_tasks(name)) == set(theirs)
     assert set(metaworld_tasks("ml45")) == set(env_dict.ML45_V3["train"])
     assert set(metaworld_tasks("ml45_test")) == set(env_dict.ML45_V3["test"])
-    assert metaworld_tasks("push-v3") == ["push-v3"]
+    assert metaworld_tasks("push-v3") == metaworld_tasks("push") == ["push-v3"]
 
 
 def test_wrong_id(one_line_error):
@@ -117,7 +117,7 @@ def test_success_is_an_end(envs):
 
 def test_touching_object():
     """While the scripted expert grasps a puck: at every step and for every geom what MetaWorld says."""
-    simulator, touched = MetaWorld(["pick-place-v3"], "state", "paper"), []
+    simulator, touched = MetaWorld("metaworld_pick-place-v3", "state", "paper"), []
     simulator.reset(0, 3)
     for _ in range(60):
         simulator.step(simulator.expert_action())
@@ -190,7 +190,7 @@ def test_evaluation_states_are_fixed(envs):
 @pytest.fixture(scope="module")
 def picture():
     try:
-        simulator = MetaWorld(["push-v3"], "rgb", "paper")
+        simulator = MetaWorld("metaworld_push-v3", "rgb", "paper")
         simulator.reset(0, 0)
         return simulator, simulator.observe()
     except Exception as error:  # of any class, without the libraries
@@ -287,7 +287,7 @@ class Breaks(MetaWorld):
 
 
 def test_an_error_is_named(one_line_error, monkeypatch):
-    monkeypatch.setattr("envs.MetaWorld", Breaks)
+    monkeypatch.setattr("simulators.metaworld.MetaWorld", Breaks)
     envs = make(2)
     envs.reset(options={"eval_states": [7, 8]})
     actions = wander(2, 5)
@@ -305,29 +305,6 @@ def test_wrong_shape(envs, shape):
 
 
 # --- scripts ---
-
-
-def test_paper_rows():
-    """Numbers of the paper's Tables 7 and 8, typed from there once more."""
-    row = flow_sde_ppo.defaults(flow_sde_ppo.Args(env_id="libero_goal", model="pi05"))
-    assert (row.num_envs, row.num_steps * row.chunk_len, row.chunk_len) == (64, 8 * 320, 5)
-    assert row.num_envs * row.num_steps / row.num_minibatches == 2048 and row.update_epochs == 3
-    assert (row.learning_rate, row.critic_learning_rate) == (5e-6, 1e-4)
-    assert (row.gamma, row.gae_lambda) == (0.99, 0.95)
-    assert (row.denoise_steps, row.noise_level, row.clip_coef, row.critic) == (5, 0.3, 0.2, "vlm")
-    assert row.checkpoint == "RLinf/RLinf-Pi05-LIBERO-SFT" and row.lr_schedule == "constant"
-    long = flow_noise_ppo.defaults(flow_noise_ppo.Args(env_id="libero_10", model="pi05"))
-    assert (long.lr_schedule, long.chunk_len, long.num_steps * long.chunk_len) == ("cosine", 10, 8 * 480)
-    assert (long.noise_std_min, long.noise_std_max, long.ent_coef) == (0.04, 0.10, 0.005)
-    spatial = flow_sde_ppo.defaults(flow_sde_ppo.Args(env_id="libero_spatial"))
-    assert (spatial.learning_rate, spatial.update_epochs, spatial.critic) == (1e-5, 2, "expert")
-    assert (spatial.noise_std_min, spatial.noise_std_max, spatial.denoise_steps) == (0.08, 0.16, 4)
-    carrot = flow_sde_grpo.defaults(flow_sde_grpo.Args(env_id="maniskill_carrot"))
-    assert (carrot.num_envs, carrot.num_envs * carrot.num_steps, carrot.learning_rate) == (256, 2560, 5.6e-6)
-    cube = flow_sde_ppo.defaults(flow_sde_ppo.Args(env_id="maniskill_cube"))
-    assert cube.total_timesteps == 130 * 2560 * 5 and cube.critic_learning_rate == 1.1e-4
-    assert flow_sde_ppo.defaults(flow_sde_ppo.Args()) == flow_sde_ppo.Args()
-    assert flow_sde_ppo.defaults(flow_sde_ppo.Args(env_id="maniskill:PickCube-v1")).checkpoint == ""
 
 
 def test_sft_then_rl(tmp_path, monkeypatch):
@@ -353,11 +330,3 @@ def test_sft_then_rl(tmp_path, monkeypatch):
     assert [r["episodes"] for r in report["results"]] == [50, 50]
     assert report["protocol"]["max_episode_steps"] == 100 and report["protocol"]["obs_mode"] == "state"
     assert set(multiprocessing.active_children()) <= before
-
-
-class Silent(list):
-    def __init__(self, steps):
-        super().__init__(steps)
-
-    def set_postfix_str(self, text):
-        pass

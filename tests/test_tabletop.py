@@ -1,4 +1,4 @@
-"""The tabletop and the chunk contract, which the other simulators will have to keep as well."""
+"""The tabletop: chunks and ends, the scripted expert, and pictures that show what is there."""
 
 import copy
 import sys
@@ -12,9 +12,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tabletop as simulators
-from envs import make_envs, write_gif
-from tabletop import BLUE, BUTTON, HANDLE, PLATE, TASKS
+from envs import make_envs
+from simulators import tabletop
+from simulators.tabletop import BLUE, BUTTON, HANDLE, PLATE, TASKS
 
 ALL = np.arange(500)  # fixed evaluation states, 50 per task
 SOME = ALL[::5]
@@ -325,17 +325,6 @@ def test_speed():
     assert steps / (time.perf_counter() - start) > 2000  # about 60,000 on one quiet core
 
 
-NEAREST = [("tabletop_press_buton", "tabletop_press_button"), ("liberty", "libero_90"), ("zzz", "tabletop,")]
-
-
-@pytest.mark.parametrize("wrong, nearest", NEAREST)
-def test_unknown_id(capsys, wrong, nearest):
-    with pytest.raises(SystemExit) as stop:
-        make_envs(wrong, 4, 0)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and wrong in message and nearest in message
-
-
 @pytest.mark.parametrize("shape", [(3, 5, 3), (4, 5, 2), (4, 3)])
 def test_wrong_shape(shape):
     envs = make_envs("tabletop", 4, 0)
@@ -379,15 +368,15 @@ def test_actions_are_clipped():
 def pixel(pictures, places):
     """Colours at the places (N, 2) of the pictures, and the pixels' row and column."""
     size = pictures.shape[1]
-    column, row = ((places * (1, -1) / simulators.VIEW + 1) / 2 * size).astype(int).T
+    column, row = ((places * (1, -1) / tabletop.VIEW + 1) / 2 * size).astype(int).T
     return pictures[np.arange(len(pictures)), row, column].astype(float), row, column
 
 
 def test_colours():
     """The pixel in the middle of a thing is nearest to its own colour, also between the fingers."""
-    named = [getattr(simulators, name) for name in ("WHITE", "BOWL_INSIDE", "MAGENTA", "YELLOW", "TABLE")]
-    palette = np.array([*simulators.BLOCKS, *named])  # in the order of the things' numbers
-    colours = np.array([*palette, simulators.ORANGE, simulators.DARK, simulators.CYAN])
+    named = [getattr(tabletop, name) for name in ("WHITE", "BOWL_INSIDE", "MAGENTA", "YELLOW", "TABLE")]
+    palette = np.array([*tabletop.BLOCKS, *named])  # in the order of the things' numbers
+    colours = np.array([*palette, tabletop.ORANGE, tabletop.DARK, tabletop.CYAN])
     apart = np.linalg.norm(colours[:, None] - colours, axis=-1)
     assert apart[~np.eye(len(colours), dtype=bool)].min() > 70
     envs = make_envs("tabletop", 100, 0)
@@ -424,7 +413,7 @@ def test_position_can_be_read_from_32_pixels():
     envs.objects[:, 2] = 9  # out of the picture
     weight = np.abs(blue - envs.render(32)).sum(axis=-1)
     weight *= weight > 120  # without the shadow
-    centre = (np.arange(32) + 0.5) * 2 * simulators.VIEW / 32 - simulators.VIEW
+    centre = (np.arange(32) + 0.5) * 2 * tabletop.VIEW / 32 - tabletop.VIEW
     total = weight.sum(axis=(1, 2))
     found = np.stack([weight.sum(axis=1) @ centre, -weight.sum(axis=2) @ centre], axis=1) / total[:, None]
     assert np.median(np.abs(found - places)) < 0.01  # a sixth of a pixel
@@ -448,7 +437,7 @@ def test_the_stacked_block_is_on_top(expert):
     envs.step_chunk(expert[0])
     for rows, block in ((slice(60, 70), 0), (slice(70, 80), BLUE)):
         colour, *_ = pixel(obs["images"][rows, 0], envs.objects[rows, block])
-        assert (np.linalg.norm(colour[:, None] - simulators.BLOCKS, axis=-1).argmin(axis=1) == block).all()
+        assert (np.linalg.norm(colour[:, None] - tabletop.BLOCKS, axis=-1).argmin(axis=1) == block).all()
 
 
 def test_targets():
@@ -465,16 +454,3 @@ def test_targets():
     assert np.allclose(envs.targets()[:80, :2], envs.gripper[:80]) and (envs.opening[80:90] > 0).all()
     assert np.allclose(envs.targets()[80:90, 1], 0.7 - envs.opening[80:90])
     assert np.array_equal(envs.targets()[:, 2:], targets[:, 2:])
-
-
-def test_gif(tmp_path):
-    from PIL import Image
-
-    frames = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
-    write_gif(tmp_path / "plain.gif", frames)
-    write_gif(tmp_path / "text.gif", frames, "one two three")
-    plain, text = Image.open(tmp_path / "plain.gif"), Image.open(tmp_path / "text.gif")
-    assert plain.n_frames == text.n_frames == 3 and plain.size == (64, 64) and plain.info["duration"] == 100
-    strip = np.array(text.convert("L"))[64:]
-    assert text.size[1] > 64 and strip.min() < 100 and strip.max() > 200  # dark letters on white
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.gif", "text.gif"]
