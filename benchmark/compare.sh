@@ -15,7 +15,7 @@ export PYTHON=${PYTHON:-.venv/bin/python} JOBS=${JOBS:-1} RUNS=${RUNS:-runs/comp
 export SFT=${SFT:-checkpoints/tabletop-sft}
 SEEDS=${SEEDS:-1 2 3} OUTPUT=${OUTPUT:-docs/compare.png} SCRIPTS="flow_noise_ppo flow_sde_ppo flow_sde_grpo"
 if ! command -v "$PYTHON" >/dev/null; then
-    echo "error: no $PYTHON; run 'make .venv' first, or set PYTHON" >&2
+    echo "error: no $PYTHON; run 'make install' first, or set PYTHON" >&2
     exit 2
 fi
 mkdir -p "$RUNS"

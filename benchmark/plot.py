@@ -143,7 +143,7 @@ def evaluations(args, metrics, start=None):
 
 
 def at_equal_progress(curves, points=200):
-    """Steps, minutes, success rates, (seeds, points) each, when the seeds have done the same part of a run.
+    """Steps, minutes and success rates, (seeds, points) each, where all have done the same part of a run.
 
     So no curve is cut at its fastest seed.
     """
