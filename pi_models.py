@@ -34,13 +34,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from flags import fail
+
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-
-
-def fail(message):
-    """A user's mistake: one line on stderr and exit code 2, never a traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 @dataclass
@@ -219,7 +215,7 @@ class NoiseHead(nn.Module):
 class Policy(nn.Module):
     """pi0 or pi0.5. The VLM is frozen unless `train` says otherwise, the expert and its projections learn."""
 
-    def __init__(self, config, stats=None):
+    def __init__(self, config: PiConfig, stats: dict | None = None):
         # here, not at the top: importing them takes seconds, which --help should not
         from transformers import GemmaConfig, GemmaModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -315,8 +311,17 @@ class Policy(nn.Module):
                 if mine is not None and mine.weight.shape != getattr(fresh, name).weight.shape:
                     setattr(self, name, getattr(fresh, name))
 
+    def check_robot(self, state, action):
+        """A robot whose numbers are as many as those that this policy was trained with."""
+        mine = len(self.stats["state"]["q01" if self.pi05 else "mean"]), self.env_action_dim
+        if mine != (state, action):
+            what = (
+                "the checkpoint's robot has {} numbers of state and {} of action, the environment's {} and {}"
+            )
+            fail(what.format(*mine, state, action))
+
     def set_trained(self, train, lora_rank=0, lora_alpha=0):
-        """ "expert", "expert+lora" (adapters in the VLM, new ones unless it has some) or "all"."""
+        """What learns: "expert", "expert+lora" (the VLM's adapters, new ones unless it has some) or "all"."""
         had, wanted = (self.config.lora_rank, self.config.lora_alpha), (lora_rank, lora_alpha)
         if train == "expert+lora" and self.lora and had != wanted:
             fail(f"the checkpoint has adapters of rank {had[0]} and alpha {had[1]}; pass these")
@@ -365,7 +370,7 @@ class Policy(nn.Module):
         words = (self.tokenizer().encode(part, add_special_tokens=False).ids for part in (text, end))
         return [2, *(token for part in words for token in part)]  # 2: BOS
 
-    def preprocess(self, obs):
+    def preprocess(self, obs: dict) -> dict[str, torch.Tensor]:
         """{"images" (B, cams, H, W, 3) uint8, "state" (B, S), "prompt" [B]} -> normalised tensors.
 
         "image_mask" (B, cams) bool may be there too: a missing camera is False.
@@ -414,7 +419,7 @@ class Policy(nn.Module):
         mean, std = (x.new_tensor(self.stats[key][s]) for s in ("mean", "std"))
         return (x - mean) / (std + 1e-6)
 
-    def normalize_actions(self, actions):
+    def normalize_actions(self, actions: np.ndarray) -> torch.Tensor:
         """Simulator actions (B, H, D) -> the expert's padded space (B, H, action_dim), the target of SFT."""
         if self.config.delta_actions:
             fail("SFT of a policy with delta_actions is not supported")
@@ -422,7 +427,7 @@ class Policy(nn.Module):
         padding = self.config.action_dim - actions.shape[-1]
         return F.pad(self._normalize(actions, "actions"), (0, padding))
 
-    def postprocess(self, x, obs):
+    def postprocess(self, x: torch.Tensor, obs: dict) -> np.ndarray:
         """Model actions (B, H, action_dim) -> simulator actions (B, H, env_action_dim), NumPy."""
         actions = x[..., : self.env_action_dim].detach().cpu().numpy()
         if self.pi05:
@@ -444,12 +449,12 @@ class Policy(nn.Module):
         patches = self.vision_tower(images.flatten(0, 1)).last_hidden_state  # (B * cams, ...)
         return self.multi_modal_projector(patches).unflatten(0, images.shape[:2]).flatten(1, 2)
 
-    def encode(self, inputs):
+    def encode(self, inputs: dict[str, torch.Tensor], pool=False) -> Prefix:
         """Vision and language, once per observation; what has been encoded is given back."""
         if "kv" in inputs:
             return Prefix(**inputs)
         images, mask = inputs["images"], inputs["token_mask"]
-        read = self.config.critic == "vlm"  # by nobody else
+        read = pool or self.config.critic == "vlm"  # nobody else reads the output
         with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.half):
             x = self.language_model.embed_tokens(inputs["tokens"])  # times sqrt(width); patches are not
             if images.shape[1]:
@@ -461,7 +466,7 @@ class Policy(nn.Module):
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) if read else x[:, 0, :0]
         return Prefix(kv.bfloat16() if self.half else kv, mask, pooled.float(), inputs["state"])
 
-    def velocity(self, prefix, x, tau):
+    def velocity(self, prefix: Prefix, x: torch.Tensor, tau: torch.Tensor):
         """Velocity and the expert's output features, (N, H, ...), at x (N, H, action_dim) and tau (N,).
 
         N may be a multiple of the B rows of the prefix: then N / B neighbours share a row, which is not
@@ -504,6 +509,7 @@ OPENPI = {
 
 # anyone's -> ours, one rule after the other: openpi, RLinf, lerobot (hub, trained, old), transformers
 RENAMED = [
+    (r"\b(_orig_mod|module)\.", ""),  # torch.compile's and DDP's
     (r"^model\.(?!vlm\.|dit\.)", ""),
     (r"^(paligemma_with_expert\.)?paligemma\.(model\.)?|^model\.vlm\.", ""),
     (r"^(paligemma_with_expert\.)?gemma_expert\.(model\.)?|^model\.dit\.", "expert."),
@@ -658,7 +664,7 @@ def download(name):
              f"download {name} --local-dir FOLDER`, bring the folder here and pass its path")  # fmt: skip
 
 
-def load_policy(path_or_name, device="cpu"):
+def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
     """A folder of `save_policy`, openpi, lerobot, transformers or RLinf; a hub id; "tiny": the laptop's."""
     folder = CHECKPOINTS / "tiny" if path_or_name == "tiny" else Path(path_or_name)
     folder = folder if folder.is_dir() else download(str(path_or_name))
@@ -699,6 +705,7 @@ def load_policy(path_or_name, device="cpu"):
     # what is trained in fp32; what is frozen all in the dtype of its projections, bf16 stays bf16
     theirs.clear()  # from here on a tensor goes as its copy comes
     frozen = tensors["language_model.layers.0.self_attn.q_proj.weight"].dtype
+    frozen = torch.float32 if frozen == torch.float64 else frozen
     for key, parameter in list(policy.named_parameters()):
         module, _, name = key.rpartition(".")
         tensor = tensors.pop(key).to(torch.float32 if parameter.requires_grad else frozen)
@@ -712,8 +719,11 @@ def load_policy(path_or_name, device="cpu"):
     return policy.to(device).eval()
 
 
-def save_policy(policy, folder, card=""):
-    """Weights (openpi's keys), sizes, statistics, tokenizer, a model card. Files are replaced atomically."""
+def save_policy(policy: Policy, folder: str | os.PathLike, card="", args: dict | None = None):
+    """Weights (openpi's keys), sizes, statistics, tokenizer, a model card, flags of the run that made it.
+
+    Files are replaced atomically.
+    """
     from safetensors.torch import save
 
     folder = Path(folder)
@@ -725,6 +735,8 @@ def save_policy(policy, folder, card=""):
         "norm_stats.json": json.dumps({"norm_stats": policy.stats}, indent=1).encode(),
         "model.safetensors": save(tensors, metadata={"format": "pt"}),
     }
+    if args:
+        files["args.json"] = json.dumps(args, indent=1).encode()
     if policy.tokenizer_json:
         files["tokenizer.json"] = policy.tokenizer_json.encode()
     for name, content in files.items():

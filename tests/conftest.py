@@ -46,6 +46,13 @@ def encode(policy, n, seed=0):
         return policy.encode(policy.preprocess(observe(n, seed)))
 
 
+class Silent(list):
+    """A progress bar that says nothing."""
+
+    def set_postfix_str(self, text):
+        pass
+
+
 def wrapped(owner, name, wrap):
     """Something broken: a function that patches `owner.name` to be wrap(the real one)."""
     return lambda patch: patch.setattr(owner, name, wrap(getattr(owner, name)))

@@ -23,7 +23,7 @@ import flow_sde_ppo
 from envs import make_envs
 from flow_sde_grpo import Agent, Args, compute_advantages, main, transition, update
 from pi_models import Policy, Prefix, load_policy, save_policy
-from tabletop import Tabletop
+from simulators.tabletop import Tabletop
 
 # --- advantages ---
 

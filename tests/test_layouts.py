@@ -143,6 +143,26 @@ def test_mixed_dtypes(tmp_path):
     assert 10 < len(wide) and policy.encode(reference("pi0").inputs).kv.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers(tmp_path, prefix):
+    """torch.compile and DistributedDataParallel put their name before every key, or in the middle of it."""
+    folder = lay(tmp_path)
+    tensors = {prefix + key: tensor for key, tensor in load_file(folder / ONE).items()}
+    save_file(
+        {key.replace("gemma_expert.", "gemma_expert._orig_mod."): t for key, t in tensors.items()},
+        folder / ONE,
+    )
+    check_golden(load_policy(folder), "pi0")
+
+
+@torch.no_grad()
+def test_fp64(tmp_path):
+    """A checkpoint in double precision computes, in single precision."""
+    policy = load_policy(lay(tmp_path, dtype=torch.float64))
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    check_golden(policy, "pi0")
+
+
 def test_value_head_of_another_kind(tmp_path, capsys):
     """RLinf's V_vlm reads no state, and pi0.5's critic is wider: the policy is taken, the head is not."""
     for i, shape in enumerate([(512, 48), (1024, 32)]):

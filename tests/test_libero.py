@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from envs import LIBERO_STEPS, Libero, import_libero, make_envs
+from envs import make_envs
+from simulators.libero import LIBERO_STEPS, Libero, import_libero
 
 for package in ("libero", "robosuite", "bddl"):
     if find_spec(package) is None:
@@ -225,7 +226,7 @@ def test_equal_to_liberos_own_path():
 
 def test_first_import(tmp_path):
     """Nothing is asked, and no configuration is left in the user's home."""
-    code = "from envs import Libero; sim = Libero('libero_goal', 'state', 'paper')\n"
+    code = "from simulators.libero import Libero; sim = Libero('libero_goal', 'state', 'paper')\n"
     code += "sim.reset(8, 0); print(sim.observe()['state'].shape)"
     done = run(code, tmp_path, LIBERO_CONFIG_PATH=None)
     assert done.stdout == "(8,)\n", done.stderr
