@@ -508,10 +508,12 @@ def main(args: Args):
     for open_one in (progress, writer, envs):
         open_one.close()
     axes = Figure(figsize=(7, 4)).subplots()
-    axes.plot(*zip(*curve), alpha=0.6, label="training episodes (with exploration noise)")
-    axes.plot(*zip(*evaluations), "o-", label="evaluation (ODE, fixed states)")
-    title = f"{args.exp_name} on {args.env_id}, seed {args.seed}"
+    axes.plot(*zip(*curve), alpha=0.5, lw=1, label="training episodes (with exploration noise)")
+    axes.plot(*zip(*evaluations), "o-", color="C0", ms=4, label="evaluation (ODE, fixed states)")
+    title = f"{__doc__.split(':')[0]} on {args.env_id}, seed {args.seed}"
     axes.set(xlabel="environment steps", ylabel="success rate", ylim=(0, 1), title=title)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     axes.figure.savefig(f"{folder}/learning_curve.png", dpi=120, bbox_inches="tight")
     print(f"success {evaluations[0][1]:.3f} -> {success_rate:.3f}; results in {folder}")

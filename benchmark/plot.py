@@ -23,6 +23,9 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from flags import fail
+
 SCRIPTS = {
     "flow_sde_ppo": "Flow-SDE PPO",
     "flow_noise_ppo": "Flow-Noise PPO",
@@ -37,11 +40,6 @@ class Args:
     """folders of runs, or the one of benchmark/compare.sh"""
     output: Path = Path("runs/plot.png")
     """picture to write"""
-
-
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def interval(*samples):

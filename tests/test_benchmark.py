@@ -153,7 +153,8 @@ def test_seeds_are_averaged_at_equal_progress():
 
 def test_comparison_table_and_picture(tmp_path, capsys):
     flags = dict(env_id="tabletop", checkpoint="sft", num_envs=2, chunk_len=5, denoise_steps=4)
-    interval = {"interval": [0.4, 0.5], "length": 20.0, "episodes": 500}
+    sampler = {"denoise_steps": 4, "chunk_len": 5}
+    interval = {"interval": [0.4, 0.5], "length": 20.0, "episodes": 500, "sampler": sampler}
     for script in plot.SCRIPTS:
         results = []
         if script != "flow_noise_ppo":
@@ -168,10 +169,11 @@ def test_comparison_table_and_picture(tmp_path, capsys):
                 | {"success_rate": 0.5 + 0.1 * seed - 0.05 * (not ode)}
                 for ode in (True, False)
             ]  # fmt: skip
-        protocol = {"env_id": "tabletop", "max_episode_steps": 60, "denoise_steps": 4, "chunk_len": 5}
+        protocol = {"env_id": "tabletop", "max_episode_steps": 60}
         (tmp_path / f"{script}.json").write_text(json.dumps({"results": results, "protocol": protocol}))
     plot.main(plot.Args((tmp_path,), tmp_path / "compare.png"))
     out = capsys.readouterr().out
+    assert "K = 4, chunks of 5." in out
     assert "| Flow-SDE PPO | 60.0% | 70.0% | **65.0%**" in out and "cannot be told apart" in out
     assert (tmp_path / "compare.png").exists()
 
