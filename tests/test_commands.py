@@ -35,7 +35,6 @@ ELSEWHERE = {  # what a command begins with: where else it is run, or why it is 
     "python evaluate.py --env-id libero_goal": "needs a checkpoint that is not here",
     "python evaluate.py --env-id mine": "test_docs.py",
     "python evaluate.py --device cuda": "needs a GPU",
-    "python evaluate.py --env-id mine": "test_docs.py has that environment",
     "python flow_sde_ppo.py --device cuda --env-id": "needs a GPU",
 }
 
