@@ -39,7 +39,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs import make_envs, select_rows, write_gif
-from flags import as_command, fail, parse
+from flags import as_command, check_ranges, fail, parse
 from pi_models import Policy, Prefix, load_policy, save_policy
 
 
@@ -51,9 +51,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cuda where there is one
     num_threads: int = 1  # CPU threads of torch; at tiny size more than there are idle cores are slower
     run_dir: str = "runs"  # results go to {run_dir}/{env_id}__{exp_name}__{seed}__{time}
-    track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline without a network
-    wandb_project_name: str = "piRL"  # its project
-    wandb_entity: str | None = None  # its team; None: your default
+    track: bool = False  # log to Weights & Biases too, by WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE
     capture_video: bool = False  # write a GIF of the first evaluation episodes at every evaluation
     save_model: bool = True  # save the policy at the end, and every `save_freq` iterations
     save_freq: int = 50  # iterations between checkpoints
@@ -98,7 +96,8 @@ class Args:
     noise_level: float = 1.0  # a, the scale of the SDE's noise (Eq. 9)
     noise_std_min: float = 0.2  # least standard deviation of the learned noise
     noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
-    sde_solver: Literal["euler", "cps"] = "euler"  # Euler-Maruyama (Eq. 9) or Flow-CPS
+    sde_solver: Literal["euler", "cps", "exponential"] = "euler"  # of the SDE's step, see `transition`
+    draw_last_step: bool = False  # hybrid: draw from all K steps, as the paper does; else never the last
     mdp: Literal["hybrid", "two-layer"] = "hybrid"  # one random denoise step decides (4.2.3), or all
 
 
@@ -120,29 +119,36 @@ def defaults(env_id: str, model: str) -> Args:
 
 
 def transition(x: Tensor, velocity: Tensor, tau: Tensor, delta: float, noise_level: float, solver="euler"):
-    """Eq. 9 in the right clock: the Gaussian A^{tau+delta} | A^tau of an SDE with the ODE's marginals.
+    """The Gaussian A^{tau+delta} | A^tau of an SDE with the ODE's marginals; tau = 0 is noise, 1 is action.
 
-    tau = 0 is noise and tau = 1 is the action. The noise pushes x off the flow and the score pulls it back;
-    with noise_level 0 this is the ODE's step x + velocity * delta.
+    x looks like tau * action_hat + (1 - tau) * noise_hat. With tau' = tau + delta every mean is tau' *
+    action_hat + c * noise_hat. The ODE has c = 1 - tau'; less is kept of the old noise where new is drawn.
     """
     tau = tau[:, None, None]  # (B, 1, 1)
-    noise_hat = x - tau * velocity  # the noise that x seems to come from: score = -noise_hat / (1 - tau)
-    # Euler-Maruyama. At tau = 0 sigma would be infinite: there the denominator is delta
-    sigma = noise_level * torch.sqrt((1 - tau) / tau.clamp(min=delta))
-    mu = x + (velocity - sigma**2 / (2 * (1 - tau)) * noise_hat) * delta  # Eq. 9
-    std = sigma * math.sqrt(delta)
-    if solver == "cps":
-        # Flow-CPS: action and noise in the proportions of tau + delta, but part of the noise is new
-        action_hat, angle = x + (1 - tau) * velocity, noise_level * math.pi / 2
-        mu = (tau + delta) * action_hat + (1 - tau - delta) * math.cos(angle) * noise_hat
-        std = (1 - tau - delta) * math.sin(angle)
-    return mu, std  # (B, H, D), (B, 1, 1)
+    noise_hat = x - tau * velocity  # also the score: -noise_hat / (1 - tau)
+    if solver == "euler":  # Euler-Maruyama, in which c = 1 - tau' - std^2 / (2 * (1 - tau))
+        # at tau = 0 sigma would be infinite: there the denominator is delta
+        sigma = noise_level * torch.sqrt((1 - tau) / tau.clamp(min=delta))
+        mu = x + (velocity - sigma**2 / (2 * (1 - tau)) * noise_hat) * delta  # Eq. 9
+        return mu, sigma * math.sqrt(delta)  # (B, H, D), (B, 1, 1)
+    # the others keep the proportion of noise: c^2 + std^2 = (1 - tau')^2, and only r = c / (1 - tau') differs
+    left = (1 - tau - delta).clamp(min=0)  # nothing after the last step, which is without noise
+    if solver == "cps":  # Flow-CPS: the same r in every step
+        r, new = math.cos(noise_level * math.pi / 2), math.sin(noise_level * math.pi / 2)
+    else:  # exponential: Eq. 9's SDE integrated exactly while action_hat stands still, r = q^(a^2 / 2)
+        log_q = torch.log(left / (1 - tau))  # q: by how much noise / action falls; 1 / tau is 1 / delta at 0
+        log_q = torch.where(tau > 0, log_q + torch.log(tau / (tau + delta)), log_q / delta)
+        r, new = torch.exp(noise_level**2 / 2 * log_q), torch.sqrt(-torch.expm1(noise_level**2 * log_q))
+    action_hat = x + (1 - tau) * velocity
+    return (tau + delta) * action_hat + left * r * noise_hat, left * new  # (B, H, D), (B, 1, 1)
 
 
-def log_prob(x_next: Tensor, mu: Tensor, std: Tensor, chunk_len: int, action_dim: int) -> Tensor:
-    """log N(x_next; mu, std) of a chunk: the sum over executed steps and real action dims, not padding."""
+def log_prob(x_next: Tensor, mu: Tensor, std: Tensor, executed: int | Tensor, action_dim: int) -> Tensor:
+    """log N(x_next; mu, std) of a chunk: the sum over its first `executed` actions and the real dims."""
     terms = -0.5 * ((x_next - mu) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)  # (B, H, D)
-    return terms[:, :chunk_len, :action_dim].sum(dim=(1, 2))  # (B,)
+    executed = torch.as_tensor(executed, device=terms.device).view(-1, 1)
+    counts = torch.arange(terms.shape[1], device=terms.device) < executed  # (B or 1, H)
+    return (terms[..., :action_dim].sum(dim=2) * counts).sum(dim=1)  # (B,)
 
 
 class Agent:
@@ -152,7 +158,9 @@ class Agent:
         self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
         self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.solver, self.hybrid = args.noise_level, args.sde_solver, args.mdp == "hybrid"
-        self.noisy_steps = self.K - (self.solver == "cps" and self.noise == "sde")  # the last of CPS has none
+        last = self.noise == "learned" or self.solver == "euler"  # has noise
+        last &= not self.hybrid or args.draw_last_step or self.K == 1  # and may be a decision
+        self.noisy_steps = self.K if last else self.K - 1
         self.num_stochastic = self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
 
     @torch.no_grad()
@@ -170,13 +178,14 @@ class Agent:
         return velocity, *transition(x, velocity, tau, self.delta, self.noise_level, self.solver)
 
     @torch.no_grad()
-    def act(self, prefix: Prefix, generator: torch.Generator, deterministic=False):
-        """Denoise from A^0 ~ N(0, I): chain (B, K+1, H, D), its random steps, log-prob of the decisions."""
+    def act(self, prefix: Prefix, generator: torch.Generator, deterministic=False, x: Tensor = None):
+        """Denoise x, or else A^0 ~ N(0, I): chain (B, K+1, H, D), its random steps, their log-prob."""
         B, device, c = len(prefix.mask), prefix.mask.device, self.policy.config
         denoise_idx = torch.arange(self.noisy_steps, device=device).expand(B, -1)  # every step
         if self.hybrid:  # one step, drawn for each environment and chunk
             denoise_idx = torch.randint(self.noisy_steps, (B, 1), generator=generator, device=device)
-        x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device)  # A^0 (B, H, D)
+        if x is None:
+            x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device)  # A^0 (B, H, D)
         chain, logprobs = [x], []
         for k in range(self.K):
             tau = torch.full((B,), k / self.K, device=device)
@@ -188,20 +197,29 @@ class Agent:
                 sample = mu + std * torch.randn(x.shape, generator=generator, device=device)  # Eq. 10
                 decides = (denoise_idx == k).any(dim=1)[:, None, None]  # (B, 1, 1)
                 x = torch.where(decides, sample, x + velocity * self.delta)
-                logprobs.append(log_prob(x, mu, std, self.chunk_len, self.action_dim))
+                if k < self.noisy_steps:
+                    logprobs.append(log_prob(x, mu, std, self.chunk_len, self.action_dim))
             chain.append(x)
         logprob = None if deterministic else torch.stack(logprobs, dim=1).gather(1, denoise_idx)
         return torch.stack(chain, dim=1), denoise_idx, logprob
 
-    def evaluate_actions(self, prefix: Prefix, chain: Tensor, denoise_idx: Tensor):
-        """Log-prob and entropy of stored decisions, and std of their steps, under the present weights."""
+    def evaluate_actions(self, prefix: Prefix, chain: Tensor, denoise_idx: Tensor, executed: Tensor):
+        """Log-prob, entropy per number and std of stored decisions under the present weights."""
         k = denoise_idx.flatten()  # (B * S,)
         row = torch.arange(len(chain), device=chain.device).repeat_interleave(self.num_stochastic)
         x, x_next, tau = chain[row, k], chain[row, k + 1], k / self.K  # (B * S, H, D) twice, (B * S,)
         _, mu, std = self.step(prefix, x, tau)
-        logprob = log_prob(x_next, mu, std, self.chunk_len, self.action_dim)
-        entropy = -log_prob(mu + std, mu, std, self.chunk_len, self.action_dim)  # as E (x - mu)^2 = std^2
+        logprob = log_prob(x_next, mu, std, executed[row], self.action_dim)
+        entropy = torch.log(std)[:, : self.chunk_len, : self.action_dim].mean(dim=(1, 2))
+        entropy = entropy + 0.5 * math.log(2 * math.pi * math.e)  # per number, (B * S,)
         return logprob.view_as(denoise_idx), entropy.view_as(denoise_idx), std
+
+    @torch.no_grad()
+    def exploration(self, prefix: Prefix, generator: torch.Generator) -> float:
+        """Standard deviation of the executed numbers given observation and A^0, from pairs of chunks."""
+        x = self.act(prefix, generator, deterministic=True)[0][:, 0]  # A^0
+        a, b = (self.act(prefix, generator, x=x)[0][:, -1, : self.chunk_len, : self.action_dim] for _ in "ab")
+        return (0.5 * (a - b) ** 2).mean().sqrt().item()
 
     def value(self, prefix: Prefix, chain: Tensor = None, generator=None) -> Tensor:
         """V(o), (B, 1); with V_expert in the two-layer MDP, V(o, A^tau) of each decision, (B, S)."""
@@ -251,14 +269,20 @@ def rollout(agent, envs, seen, batch, generator):
         batch.terminated[t] = torch.from_numpy(terminated)
         batch.truncated[t] = torch.from_numpy(truncated)
         batch.alive[t] = torch.from_numpy(info["alive"])
+        batch.executed[t] = torch.from_numpy(info["steps"])
+        short = (
+            batch.executed[t] < agent.chunk_len
+        )  # the episode ended within the chunk: the rest is no action
+        if short.any():
+            part = prefix[short], chain[short], denoise_idx[short], batch.executed[t, short]
+            batch.logprob[t, short] = agent.evaluate_actions(*part)[0]
         done = terminated | truncated
         episodes += zip(*(info[key][done] for key in ("success", "episode_return", "episode_length")))
         steps += int(info["steps"].sum())
         tick = now(device)
         if truncated.any():  # what the time limit cut off is worth V(final observation)
             final, _ = agent.encode(select_rows(info["final_obs"], np.flatnonzero(truncated[done])))
-            final_value = agent.value(final, generator=generator)[:, 0]
-            batch.final_value[t, batch.truncated[t]] = final_value
+            batch.final_value[t, batch.truncated[t]] = agent.value(final, generator=generator)[:, 0]
         prefix, inputs = agent.encode(obs)
         encode_time += now(device) - tick
     batch.next_value = agent.value(prefix, generator=generator)[:, 0]  # (N,)
@@ -285,22 +309,25 @@ def compute_advantages(rewards, values, next_value, terminated, truncated, final
 
 def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     """PPO on the chunks in which the episode was alive: clipped surrogate (Eqs. 14-15) and value loss."""
-    names = ("chain", "denoise_idx", "logprob", "advantages")
-    chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
+    names = ("chain", "denoise_idx", "executed", "logprob", "advantages")
+    chain, denoise_idx, executed, old_logprob, advantages = (getattr(batch, n).flatten(0, 1) for n in names)
     old_value, returns = batch.value.flatten(0, 1), batch.returns.flatten(0, 1)  # (T * N, S)
     inputs = {name: field.flatten(0, 1) for name, field in batch.inputs.items()}
     alive = batch.alive.flatten().nonzero().squeeze(1)
     advantages = (advantages - advantages[alive].mean()) / (advantages[alive].std(correction=0) + 1e-8)
+    learns = optimizer.param_groups[0]["lr"] > 0  # the actor, not while the critic warms up
     clip, logs = args.clip_coef, []
-    for _ in range(args.update_epochs):
+    for epoch in range(args.update_epochs):  # noqa: B007
         order = alive[torch.randperm(len(alive), generator=generator, device=alive.device)]
-        epoch_kl = []
+        epoch_kl = 0.0
         for minibatch in order.tensor_split(min(args.num_minibatches, len(order))):
             optimizer.zero_grad()
             for rows in minibatch.split(args.micro_batch_size or len(minibatch)):
                 seen = agent.policy.encode({name: field[rows] for name, field in inputs.items()})
                 advantage = advantages[rows]
-                logprob, entropy, std = agent.evaluate_actions(seen, chain[rows], denoise_idx[rows])
+                with torch.set_grad_enabled(learns):
+                    stored = chain[rows], denoise_idx[rows], executed[rows]
+                    logprob, entropy, std = agent.evaluate_actions(seen, *stored)
                 logratio = logprob - old_logprob[rows]
                 ratio = logratio.exp()  # Eq. 15, (B, S)
                 clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -317,22 +344,25 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
                 terms = {"losses/policy_loss": policy_loss, "losses/entropy": entropy, "flow/std_mean": std}
                 terms |= {"losses/approx_kl": approx_kl, "losses/clipfrac": clipfrac}
                 terms |= {"losses/value_loss": 0.5 * value_loss}
-                logs.append({name: term.mean().item() for name, term in terms.items()})
-                epoch_kl.append(logs[-1]["losses/approx_kl"])
+                share = len(rows) / len(alive)  # so that an epoch's logs add up to means over its chunks
+                logs.append({name: term.mean().item() * share for name, term in terms.items()})
+                epoch_kl += logs[-1]["losses/approx_kl"]
             groups = (group["params"] for group in optimizer.param_groups)
             grad_norm, *_ = [nn.utils.clip_grad_norm_(group, args.max_grad_norm) for group in groups]
             optimizer.step()
-        if args.target_kl is not None and np.mean(epoch_kl) > args.target_kl:
+        if args.target_kl is not None and epoch_kl > args.target_kl:
             break
-    metrics = {name: np.mean([log[name] for log in logs]) for name in terms}
-    explained = 1 - (returns - old_value)[alive].var(correction=0) / returns[alive].var(correction=0)
+    metrics = {name: sum(log[name] for log in logs) / (epoch + 1) for name in terms}
+    spread = returns[alive].var(correction=0).clamp(min=1e-8)  # all may be equal
+    explained = 1 - (returns - old_value)[alive].var(correction=0) / spread
     return metrics | {"flow/grad_norm": grad_norm.item(), "losses/explained_variance": explained.item()}
 
 
 @torch.no_grad()
 def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
     """One episode from each fixed evaluation state, by the ODE: success, length, task (M,) and frames."""
-    generator = torch.Generator(agent.policy.device).manual_seed(seed)
+    device, c = agent.policy.device, agent.policy.config
+    generator = torch.Generator(device)
     states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
     results, frames = [], []
     for start in range(0, len(states), envs.num_envs):
@@ -345,7 +375,10 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
             rows = np.flatnonzero(alive)
             seen = select_rows(obs, rows)
             prefix = agent.policy.encode(agent.policy.preprocess(seen))
-            chain, _, _ = agent.act(prefix, generator, deterministic)
+            # A^0 depends on seed, state and step alone: policies are compared on the same noise
+            generator.manual_seed(1000 * seed + int(length[rows[0]]))
+            noise = torch.randn((len(states), c.horizon, c.action_dim), generator=generator, device=device)
+            chain, _, _ = agent.act(prefix, generator, deterministic, noise[start + rows])
             actions = np.zeros((envs.num_envs, agent.chunk_len, agent.action_dim), np.float32)
             actions[rows] = agent.policy.postprocess(chain[:, -1], seen)[:, : agent.chunk_len]
             obs, _, terminated, truncated, info = envs.step_chunk(actions)
@@ -359,19 +392,16 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
 
 def check(args: Args):
     """The user's mistakes, before anything is built or written."""
-    counts = ("num_threads", "num_envs", "num_steps", "chunk_len", "total_timesteps", "update_epochs")
-    counts += ("num_minibatches", "save_freq", "denoise_steps", "critic_layers")
-    for count in counts:
-        if getattr(args, count) < 1:
-            fail(f"--{count.replace('_', '-')} must be at least 1")
-    batch_size, low, high = args.num_envs * args.num_steps, args.noise_std_min, args.noise_std_max
+    check_ranges(args)
+    solver, low, high = args.sde_solver, args.noise_std_min, args.noise_std_max
+    batch_size = args.num_envs * args.num_steps
     odd = f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"
     for wrong, message in [
-        (args.sde_solver == "cps" and args.denoise_steps < 2, "--denoise-steps must be at least 2 (cps)"),
+        (solver != "euler" and args.denoise_steps < 2, f"--denoise-steps must be at least 2 ({solver})"),
+        (solver == "cps" and args.noise_level > 1, "--noise-level must be at most 1 with cps"),
         (args.noise_level <= 0, "--noise-level must be above 0: without noise there is nothing to explore"),
         (not 0 < low <= high, "--noise-std-min must be above 0 and at most --noise-std-max"),
         (batch_size % args.num_minibatches, odd),
-        (min(args.micro_batch_size, args.lr_warmup) < 0, "--micro-batch-size, --lr-warmup: at least 0"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
         (args.track and not find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
     ]:
@@ -417,8 +447,8 @@ def main(args: Args):
     if args.track:
         import wandb
 
-        project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        wandb.init(**project, name=run_name, config=asdict(args), sync_tensorboard=True)
+        os.environ.setdefault("WANDB_PROJECT", "piRL")
+        wandb.init(name=run_name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(folder)
     print(as_command(os.path.basename(__file__), args))
     iteration, global_step, curve = 0, 0, []
@@ -449,6 +479,7 @@ def main(args: Args):
         inputs={name: storage(*field.shape[1:], dtype=field.dtype) for name, field in seen[2].items()},
         chain=storage(args.denoise_steps + 1, c.horizon, c.action_dim),  # (T, N, K+1, H, D)
         denoise_idx=storage(agent.num_stochastic, dtype=torch.long),
+        executed=storage(dtype=torch.long),
         logprob=storage(S),
         value=storage(S),
         reward=storage(),
@@ -476,6 +507,7 @@ def main(args: Args):
             batch.reward, batch.value, batch.next_value, *ends, args.gamma, args.gae_lambda
         )
         metrics = update(agent, optimizer, batch, args, shuffle_rng)
+        metrics["flow/exploration"] = agent.exploration(seen[1][:64], torch.Generator(device).manual_seed(0))
         updated = now(policy.device)
         global_step += steps
 
@@ -509,7 +541,6 @@ def main(args: Args):
     axes.plot(*zip(*evaluations), "o-", color="C0", ms=4, label="evaluation (ODE, fixed states)")
     title = f"{__doc__.split(':')[0]} on {args.env_id}, seed {args.seed}"
     axes.set(xlabel="environment steps", ylabel="success rate", ylim=(0, 1), title=title)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     axes.figure.savefig(f"{folder}/learning_curve.png", dpi=120, bbox_inches="tight")
