@@ -51,9 +51,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cuda where there is one
     num_threads: int = 1  # CPU threads of torch; at tiny size more than there are idle cores are slower
     run_dir: str = "runs"  # results go to {run_dir}/{env_id}__{exp_name}__{seed}__{time}
-    track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline without a network
-    wandb_project_name: str = "piRL"  # its project
-    wandb_entity: str | None = None  # its team; None: your default
+    track: bool = False  # log to Weights & Biases too, by WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE
     capture_video: bool = False  # write a GIF of the first evaluation episodes at every evaluation
     save_model: bool = True  # save the policy at the end, and every `save_freq` iterations
     save_freq: int = 50  # iterations between checkpoints
@@ -261,8 +259,7 @@ def rollout(agent, envs, seen, batch, generator):
         tick = now(device)
         if truncated.any():  # what the time limit cut off is worth V(final observation)
             final, _ = agent.encode(select_rows(info["final_obs"], np.flatnonzero(truncated[done])))
-            final_value = agent.value(final, generator=generator)[:, 0]
-            batch.final_value[t, batch.truncated[t]] = final_value
+            batch.final_value[t, batch.truncated[t]] = agent.value(final, generator=generator)[:, 0]
         prefix, inputs = agent.encode(obs)
         encode_time += now(device) - tick
     batch.next_value = agent.value(prefix, generator=generator)[:, 0]  # (N,)
@@ -420,8 +417,8 @@ def main(args: Args):
     if args.track:
         import wandb
 
-        project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        wandb.init(**project, name=run_name, config=asdict(args), sync_tensorboard=True)
+        os.environ.setdefault("WANDB_PROJECT", "piRL")
+        wandb.init(name=run_name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(folder)
     print(as_command(os.path.basename(__file__), args))
     iteration, global_step, curve = 0, 0, []
@@ -512,7 +509,6 @@ def main(args: Args):
     axes.plot(*zip(*evaluations), "o-", color="C0", ms=4, label="evaluation (ODE, fixed states)")
     title = f"{__doc__.split(':')[0]} on {args.env_id}, seed {args.seed}"
     axes.set(xlabel="environment steps", ylabel="success rate", ylim=(0, 1), title=title)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     axes.figure.savefig(f"{folder}/learning_curve.png", dpi=120, bbox_inches="tight")
