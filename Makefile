@@ -59,7 +59,7 @@ test: .venv/installed
 	@$(PYTEST) tests $(ARGS)
 
 test-fast: .venv/installed
-	@$(PYTEST) $(FAST) $(ARGS)
+	@$(PYTEST) -m "not slow" --dist worksteal $(FAST) $(ARGS)
 
 demo: .venv/core
 	@set -e; folder=runs/demo-$$(date +%Y%m%d-%H%M%S); \

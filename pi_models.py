@@ -78,7 +78,7 @@ TINY = PiConfig(
     image_size=32, patch_size=8, vision_width=96, vision_mlp=192, vision_depth=4, vision_heads=4,
     width=64, mlp=128, depth=4, heads=4, head_dim=32, vocab_size=257, expert_width=64, expert_mlp=128,
     action_dim=4, state_dim=4, horizon=5, tokenizer="bytes",
-)  # fmt: skip
+)  # fmt: skip  # sizes in rows
 
 
 class Prefix(NamedTuple):
@@ -233,13 +233,13 @@ class Policy(nn.Module):
                 num_attention_heads=c.heads, num_key_value_heads=1, head_dim=c.head_dim,
                 initializer_range=width**-0.5,
                 bos_token_id=None, eos_token_id=None, pad_token_id=None,
-            ))  # fmt: skip
+            ))  # fmt: skip  # sizes in rows
 
         self.vision_tower = SiglipVisionModel(SiglipVisionConfig(
             hidden_size=c.vision_width, intermediate_size=c.vision_mlp, num_hidden_layers=c.vision_depth,
             num_attention_heads=c.vision_heads, image_size=c.image_size, patch_size=c.patch_size,
             vision_use_head=False,
-        ))  # fmt: skip
+        ))  # fmt: skip  # sizes in rows
         self.multi_modal_projector = nn.Linear(c.vision_width, c.width)
         self.language_model = gemma_model(c.width, c.mlp, c.vocab_size)
         self.expert = gemma_model(c.expert_width, c.expert_mlp, 1)
@@ -327,10 +327,10 @@ class Policy(nn.Module):
             fail(f"the checkpoint has adapters of rank {had[0]} and alpha {had[1]}; pass these")
         if train == "expert+lora" and not self.lora:
             self.config = dataclasses.replace(self.config, lora_rank=lora_rank, lora_alpha=lora_alpha)
-            layers = [(m, name, child) for part in self.vlm_modules for m in part.modules()
-                      for name, child in m.named_children() if isinstance(child, nn.Linear)]  # fmt: skip
-            for module, name, linear in layers:
-                setattr(module, name, LoRALinear(linear, lora_rank, lora_alpha).to(self.device))
+            for module in [m for part in self.vlm_modules for m in part.modules()]:
+                for name, child in list(module.named_children()):
+                    if isinstance(child, nn.Linear):
+                        setattr(module, name, LoRALinear(child, lora_rank, lora_alpha).to(self.device))
         self.vlm_trained = train != "expert"
         for name, parameter in (named for part in self.vlm_modules for named in part.named_parameters()):
             parameter.requires_grad_(train == "all" or train == "expert+lora" and "lora_" in name)
@@ -598,7 +598,7 @@ def read_config(tensors, told):
         vocab_size=size("language_model.embed_tokens.weight"), expert_width=size("action_in_proj.weight"),
         expert_mlp=size("expert.layers.0.mlp.gate_proj.weight"), action_dim=size("action_in_proj.weight", 1),
         state_dim=size("state_proj.weight" if variant == "pi0" else "action_in_proj.weight", 1),
-    )  # fmt: skip
+    )  # fmt: skip  # sizes in rows
     head = [tuple(tensors[key].shape) for key in tensors if re.match(r"value_head\.mlp\.\d+\.weight$", key)]
     if head:
         inputs = {sizes["expert_width"]: "expert", sizes["width"] + sizes["state_dim"]: "vlm"}
@@ -660,8 +660,10 @@ def download(name):
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.pt"]))
     except Exception as error:  # whatever went wrong on the way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        fail(f"checkpoint '{name}' cannot be downloaded ({reason}); where there is a network, do `hf "
-             f"download {name} --local-dir FOLDER`, bring the folder here and pass its path")  # fmt: skip
+        advice = f"where there is a network, do `hf download {name} --local-dir FOLDER`"
+        fail(
+            f"checkpoint '{name}' cannot be downloaded ({reason}); {advice}, bring it here and pass its path"
+        )
 
 
 def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
@@ -697,8 +699,9 @@ def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
     problems += [f"unexpected {key}" for key, mine in strangers.items() if not re.search(unused, mine)]
     problems += [
         f"{openpi_key(key)} is {tuple(tensors[key].shape)} instead of {tuple(ours[key].shape)}"
-        for key in ours if key in tensors and tensors[key].shape != ours[key].shape
-    ]  # fmt: skip
+        for key in ours
+        if key in tensors and tensors[key].shape != ours[key].shape
+    ]
     if problems:
         listed = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         fail(f"checkpoint '{path_or_name}' is of another architecture: {listed}")

@@ -267,20 +267,47 @@ def two_layer_mdp():
 
     each = [(k, k + 1) for k in range(4)]
     variant(
-        sheet, 12, "Hybrid (default, as above)", "flow_sde_ppo.py", [1], [(1, 2)],
-        ("the noisy step: one ratio", "scheduled (Eq. 9), in one step",
-         "1 expert pass per chunk", "of that step, about 1/K of all"),
-    )  # fmt: skip
+        sheet,
+        12,
+        "Hybrid (default, as above)",
+        "flow_sde_ppo.py",
+        [1],
+        [(1, 2)],
+        (
+            "the noisy step: one ratio",
+            "scheduled (Eq. 9), in one step",
+            "1 expert pass per chunk",
+            "of that step, about 1/K of all",
+        ),
+    )
     variant(
-        sheet, 308, "Two-layer in full", "flow_sde_ppo.py --mdp two-layer", range(4), each,
-        ("every step: K ratios", "scheduled (Eq. 9), in all steps",
-         "K expert passes per chunk", "of all steps"),
-    )  # fmt: skip
+        sheet,
+        308,
+        "Two-layer in full",
+        "flow_sde_ppo.py --mdp two-layer",
+        range(4),
+        each,
+        (
+            "every step: K ratios",
+            "scheduled (Eq. 9), in all steps",
+            "K expert passes per chunk",
+            "of all steps",
+        ),
+    )
     variant(
-        sheet, 604, "One-layer (Flow-Noise)", "flow_noise_ppo.py", range(4), [(0, 4)],
-        ("the whole chain: one joint ratio", "learned (Eq. 4), in all steps",
-         "K expert passes per chunk", "of all steps"),
-    )  # fmt: skip
+        sheet,
+        604,
+        "One-layer (Flow-Noise)",
+        "flow_noise_ppo.py",
+        range(4),
+        [(0, 4)],
+        (
+            "the whole chain: one joint ratio",
+            "learned (Eq. 4), in all steps",
+            "K expert passes per chunk",
+            "of all steps",
+        ),
+    )
 
     y = 597
     sheet.arrow((26, y), (62, y), ODE, 1.5)

@@ -71,8 +71,9 @@ def measure(config, args):
             return Prefix(
                 torch.empty(n, config.depth, 2, tokens, config.head_dim, dtype=torch.bfloat16),
                 torch.empty(n, tokens, dtype=torch.bool),
-                torch.empty(n, config.width), torch.empty(n, config.state_dim),
-            )  # fmt: skip
+                torch.empty(n, config.width),
+                torch.empty(n, config.state_dim),
+            )
 
         def activations(steps):
             n = args.micro_batch_size * steps

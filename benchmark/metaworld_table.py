@@ -126,8 +126,16 @@ def main(args):
     count = min(map(len, ends))
     means = np.mean([end[:count] for end in ends], axis=0) - np.mean(starts)  # of a seed, over the tasks
     interval = T95.get(count - 1, np.nan) * means.std(ddof=1) / np.sqrt(count) if count > 1 else np.nan
-    table.append(("**mean**", "", f"{np.mean(starts):.1%}", f"**{np.mean([e.mean() for e in ends]):.1%}**",
-                  f"**{100 * np.mean(gains):+.1f}** ± {100 * interval:.1f}", ""))  # fmt: skip
+    table.append(
+        (
+            "**mean**",
+            "",
+            f"{np.mean(starts):.1%}",
+            f"**{np.mean([e.mean() for e in ends]):.1%}**",
+            f"**{100 * np.mean(gains):+.1f}** ± {100 * interval:.1f}",
+            "",
+        )
+    )
     if "mt10" in reports:
         table.append(row("mt10, one policy", "", reports["mt10"])[0])
     widths = [max(map(len, column)) for column in zip(*table)]

@@ -108,15 +108,18 @@ def markdown(table, sft):
     for script, (ode, noisy, runs) in table.items():
         rates = [r["success_rate"] for r in ode]
         mean, low, high = interval(rates)
-        rows.append([
-            SCRIPTS[script], *(f"{rate:.1%}" for rate in rates),
-            f"**{mean:.1%}** [{low:.1%}, {min(high, 1):.1%}]",
-            f"{np.mean([r['success_rate'] for r in noisy]):.1%}",
-            f"{np.mean([r['length'] for r in ode]):.1f}",
-            f"{np.mean([m['global_step'][-1] for _, m in runs]) / 1e6:.2f} M",
-            f"{np.mean([minutes(m)[-1] for _, m in runs]):.1f}",
-            f"{np.mean([m['time/update'][1:].mean() for _, m in runs]):.2f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                SCRIPTS[script],
+                *(f"{rate:.1%}" for rate in rates),
+                f"**{mean:.1%}** [{low:.1%}, {min(high, 1):.1%}]",
+                f"{np.mean([r['success_rate'] for r in noisy]):.1%}",
+                f"{np.mean([r['length'] for r in ode]):.1f}",
+                f"{np.mean([m['global_step'][-1] for _, m in runs]) / 1e6:.2f} M",
+                f"{np.mean([minutes(m)[-1] for _, m in runs]):.1f}",
+                f"{np.mean([m['time/update'][1:].mean() for _, m in runs]):.2f}",
+            ]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -72,9 +72,15 @@ def replaced(owner, **attributes):
 def measure(args, profiler=None):
     """Seconds per iteration of everything that a stopwatch can see, and of what the profiler sees."""
     train = replace(
-        flow_sde_ppo.Args(), checkpoint=args.checkpoint, num_envs=args.num_envs, num_threads=args.num_threads,
-        device="cpu", eval_freq=0, critic_warmup=0, save_model=False,
-    )  # fmt: skip
+        flow_sde_ppo.Args(),
+        checkpoint=args.checkpoint,
+        num_envs=args.num_envs,
+        num_threads=args.num_threads,
+        device="cpu",
+        eval_freq=0,
+        critic_warmup=0,
+        save_model=False,
+    )
     iterations = args.warmup + args.iterations
     train.total_timesteps = iterations * train.num_envs * train.num_steps * train.chunk_len
     spent, result, calls = dict.fromkeys(("step_chunk", "render"), 0.0), {}, 0

@@ -165,10 +165,11 @@ def test_comparison_table_and_picture(tmp_path, capsys):
         for seed in (1, 2):
             run = make_run(tmp_path / f"{script}-{seed}", exp_name=script, seed=seed, **flags)
             results += [
-                {"name": script, "checkpoint": f"{run}/checkpoint", "deterministic": ode} | interval
+                {"name": script, "checkpoint": f"{run}/checkpoint", "deterministic": ode}
+                | interval
                 | {"success_rate": 0.5 + 0.1 * seed - 0.05 * (not ode)}
                 for ode in (True, False)
-            ]  # fmt: skip
+            ]
         protocol = {"env_id": "tabletop", "max_episode_steps": 60}
         (tmp_path / f"{script}.json").write_text(json.dumps({"results": results, "protocol": protocol}))
     plot.main(plot.Args((tmp_path,), tmp_path / "compare.png"))

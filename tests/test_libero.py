@@ -152,8 +152,12 @@ def test_success_ends_the_episode():
     """A drawer that is pulled out in the middle of a chunk."""
     envs = make_envs("libero_goal", 1, 0, obs_mode="state")
     block = envs.blocks[0]()  # what runs in a process
-    block.reset(options={key: np.full(1, value) for key, value in
-                         {"begin": True, "task": MIDDLE_DRAWER, "state": 0}.items()})  # fmt: skip
+    block.reset(
+        options={
+            key: np.full(1, value)
+            for key, value in {"begin": True, "task": MIDDLE_DRAWER, "state": 0}.items()
+        }
+    )
     told = block.step(np.tile(OPEN, (1, 2, 1)))[4]
     assert not told["terminated"].any() and not told["reward"].any() and told["length"] == [2]
     block.simulators[0].env.sim.data.set_joint_qpos("wooden_cabinet_1_middle_level", -0.15)

@@ -256,8 +256,15 @@ def test_simpler_rewards(carrot):
 def fails(env_id, **env):
     """The last line of a fresh process that builds it, is asked nothing and ends with exit code 2."""
     code, root = f"from envs import make_envs; make_envs({env_id!r}, 1, 0)", Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env={**os.environ, **env}, input="n\n",
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**os.environ, **env},
+        input="n\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1]
 

@@ -253,19 +253,39 @@ def test_sft_then_rl(tmp_path, monkeypatch):
 
     before, start = set(multiprocessing.active_children()), str(tmp_path / "sft")
     monkeypatch.setattr(flow_sft, "tqdm", lambda steps, **_: Silent(steps))
-    flow_sft.main(flow_sft.Args(
-        env_id="metaworld_reach-v3", obs_mode="state", num_envs=2, num_demos=2, total_steps=30, output=start,
-    ))  # fmt: skip
-    sizes = dict(env_id="metaworld_reach-v3", obs_mode="state", checkpoint=start, num_envs=4, eval_freq=0,
-                 num_minibatches=2, total_timesteps=100, run_dir=str(tmp_path / "runs"))  # fmt: skip
+    flow_sft.main(
+        flow_sft.Args(
+            env_id="metaworld_reach-v3",
+            obs_mode="state",
+            num_envs=2,
+            num_demos=2,
+            total_steps=30,
+            output=start,
+        )
+    )
+    sizes = dict(
+        env_id="metaworld_reach-v3",
+        obs_mode="state",
+        checkpoint=start,
+        num_envs=4,
+        eval_freq=0,
+        num_minibatches=2,
+        total_timesteps=100,
+        run_dir=str(tmp_path / "runs"),
+    )
     monkeypatch.setattr(flow_sde_ppo, "evaluate", lambda *_, **__: {"success": np.zeros(2)})
     flow_sde_ppo.main(flow_sde_ppo.Args(**sizes, num_steps=6))
     (checkpoint,) = (tmp_path / "runs").glob("*/checkpoint")
     monkeypatch.undo()
-    evaluate.main(evaluate.Args(
-        env_id="metaworld_reach-v3", obs_mode="state", checkpoints=(start, str(checkpoint)), num_envs=25,
-        json=str(tmp_path / "report.json"),
-    ))  # fmt: skip
+    evaluate.main(
+        evaluate.Args(
+            env_id="metaworld_reach-v3",
+            obs_mode="state",
+            checkpoints=(start, str(checkpoint)),
+            num_envs=25,
+            json=str(tmp_path / "report.json"),
+        )
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     assert [r["episodes"] for r in report["results"]] == [50, 50]
     assert report["protocol"]["max_episode_steps"] == 100 and report["protocol"]["obs_mode"] == "state"

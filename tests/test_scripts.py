@@ -67,6 +67,7 @@ def curve(rows):
     return [{k: v for k, v in row.items() if k not in timed and not k.startswith("time/")} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, changed",
     [
@@ -171,7 +172,7 @@ MISTAKES = {  # what: (flags, what the message has to say)
     "learned noise of no width": ("--noise learned --noise-std-min 0", ["--noise-std-min"]),
     "bounds of noise in the wrong order": ("--noise-std-min 0.7", ["--noise-std-min", "--noise-std-max"]),
     "a file in the way": ("--run-dir {tmp}/file", ["--run-dir", "file"]),
-}  # fmt: skip
+}  # fmt: skip  # a table
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -308,6 +309,7 @@ def test_pretrain(tmp_path, monkeypatch):
     assert all(not p.equal(q) for p, q in zip(policy.parameters(), shipped.parameters()) if p.std() > 0)
 
 
+@pytest.mark.slow
 def test_learns(tmp_path):
     """A real run from the shipped policy on one instruction; 200 episodes by the ODE before and after."""
     start = str(ROOT / "checkpoints" / "tabletop-sft")
