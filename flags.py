@@ -7,6 +7,8 @@ import math
 import re
 import shlex
 import sys
+import tomllib
+from pathlib import Path
 from typing import Annotated, TypedDict
 
 
@@ -35,6 +37,19 @@ def check_ranges(args):
         if not low <= value <= high:  # also nan
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             fail(f"--{name.replace('_', '-')} must be {bounds}, not {value}")
+
+
+def paper_row(env_id, model):
+    """The columns of paper.toml for these, in units of the flags; nothing if there is no such row."""
+    row, paper = {}, tomllib.loads((Path(__file__).parent / "paper.toml").read_text())
+    for name, columns in paper.get(model, {}).items():  # from the general to the special
+        row |= columns if name == "all" or env_id.startswith(name) else {}
+    if "checkpoint" not in row:
+        return {}
+    row["num_steps"] = row["rollout_epochs"] * math.ceil(row["interaction_steps"] / row["chunk_len"])
+    row["num_minibatches"] = row["num_envs"] * row["num_steps"] // row["batch_size"]
+    row["total_timesteps"] = row["train_epochs"] * row["num_envs"] * row["num_steps"] * row["chunk_len"]
+    return row
 
 
 def sections(args_class):

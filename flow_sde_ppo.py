@@ -23,10 +23,8 @@ import json
 import math
 import os
 import time
-import tomllib
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -39,7 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs import make_envs, select_rows, write_gif
-from flags import as_command, check_ranges, fail, parse
+from flags import as_command, check_ranges, fail, paper_row, parse
 from pi_models import Policy, Prefix, load_policy, save_policy
 
 
@@ -102,45 +100,39 @@ class Args:
 
 
 def defaults(env_id: str, model: str) -> Args:
-    """Args with the paper's row (paper.toml); for the tiny policy, which knows the tabletop only, a trial."""
+    """Args with the row of paper.toml, or for the tiny policy, which knows the tabletop only, a trial."""
     if env_id.startswith("tabletop"):
         return Args()
     if model == "tiny":
         return Args(checkpoint="tiny", num_envs=2, total_timesteps=1000, eval_freq=-1)
-    row, paper = {}, tomllib.loads((Path(__file__).parent / "paper.toml").read_text())
-    for name, columns in paper.get(model, {}).items():  # from the general to the special
-        row |= columns if name == "all" or env_id.startswith(name) else {}
-    if "checkpoint" not in row:
-        return Args(checkpoint="")  # has to be given
-    row["num_steps"] = row["rollout_epochs"] * math.ceil(row["interaction_steps"] / row["chunk_len"])
-    row["num_minibatches"] = row["num_envs"] * row["num_steps"] // row["batch_size"]
-    row["total_timesteps"] = row["train_epochs"] * row["num_envs"] * row["num_steps"] * row["chunk_len"]
+    row = paper_row(env_id, model) or {"checkpoint": ""}  # which has to be given
     return Args(**{name: value for name, value in row.items() if hasattr(Args, name)})
 
 
 def transition(x: Tensor, velocity: Tensor, tau: Tensor, delta: float, noise_level: float, solver="euler"):
-    """The Gaussian A^{tau+delta} | A^tau of an SDE with the ODE's marginals; tau = 0 is noise, 1 is action.
+    """Eq. 9 in the right clock: the Gaussian A^{tau+delta} | A^tau of an SDE with the ODE's marginals.
 
-    x looks like tau * action_hat + (1 - tau) * noise_hat. With tau' = tau + delta every mean is tau' *
-    action_hat + c * noise_hat. The ODE has c = 1 - tau'; less is kept of the old noise where new is drawn.
+    tau = 0 is noise and tau = 1 is the action. The noise pushes x off the flow and the score pulls it back;
+    with noise_level 0 this is the ODE's step x + velocity * delta.
     """
     tau = tau[:, None, None]  # (B, 1, 1)
-    noise_hat = x - tau * velocity  # also the score: -noise_hat / (1 - tau)
-    if solver == "euler":  # Euler-Maruyama, in which c = 1 - tau' - std^2 / (2 * (1 - tau))
-        # at tau = 0 sigma would be infinite: there the denominator is delta
-        sigma = noise_level * torch.sqrt((1 - tau) / tau.clamp(min=delta))
-        mu = x + (velocity - sigma**2 / (2 * (1 - tau)) * noise_hat) * delta  # Eq. 9
-        return mu, sigma * math.sqrt(delta)  # (B, H, D), (B, 1, 1)
-    # the others keep the proportion of noise: c^2 + std^2 = (1 - tau')^2, and only r = c / (1 - tau') differs
-    left = (1 - tau - delta).clamp(min=0)  # nothing after the last step, which is without noise
-    if solver == "cps":  # Flow-CPS: the same r in every step
-        r, new = math.cos(noise_level * math.pi / 2), math.sin(noise_level * math.pi / 2)
-    else:  # exponential: Eq. 9's SDE integrated exactly while action_hat stands still, r = q^(a^2 / 2)
-        log_q = torch.log(left / (1 - tau))  # q: by how much noise / action falls; 1 / tau is 1 / delta at 0
-        log_q = torch.where(tau > 0, log_q + torch.log(tau / (tau + delta)), log_q / delta)
-        r, new = torch.exp(noise_level**2 / 2 * log_q), torch.sqrt(-torch.expm1(noise_level**2 * log_q))
-    action_hat = x + (1 - tau) * velocity
-    return (tau + delta) * action_hat + left * r * noise_hat, left * new  # (B, H, D), (B, 1, 1)
+    noise_hat = x - tau * velocity  # the noise that x seems to come from: score = -noise_hat / (1 - tau)
+    # Euler-Maruyama. At tau = 0 sigma would be infinite: there the denominator is delta
+    sigma = noise_level * torch.sqrt((1 - tau) / tau.clamp(min=delta))
+    mu = x + (velocity - sigma**2 / (2 * (1 - tau)) * noise_hat) * delta  # Eq. 9
+    std = sigma * math.sqrt(delta)
+    if solver != "euler":
+        # With tau' = tau + delta every mean is tau' * action_hat + c * noise_hat. The ODE has c = 1 - tau',
+        # Euler std^2 / (2 * (1 - tau)) less. These draw a part of the noise anew and keep the proportion of
+        # all of it, c^2 + std^2 = (1 - tau')^2. What differs is how much is old: the cosine of an angle
+        left, t = (1 - tau - delta).clamp(min=1e-6), tau.double()  # nothing is left after the last step
+        angle = torch.full_like(t, noise_level * math.pi / 2)  # Flow-CPS: the same in every step
+        if solver == "exponential":  # Eq. 9's SDE integrated exactly, with action_hat held; 1 / tau as above
+            q = torch.where(t > 0, t * left / ((t + delta) * (1 - t)), (1 - delta) ** (1 / delta))
+            angle = torch.acos(q ** (noise_level**2 / 2))  # q is what remains of noise / action
+        keep, std = left * angle.cos().to(x.dtype), left * angle.sin().to(x.dtype)
+        mu = (tau + delta) * (x + (1 - tau) * velocity) + keep * noise_hat
+    return mu, std  # (B, H, D), (B, 1, 1)
 
 
 def log_prob(x_next: Tensor, mu: Tensor, std: Tensor, executed: int | Tensor, action_dim: int) -> Tensor:
@@ -158,9 +150,9 @@ class Agent:
         self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
         self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.solver, self.hybrid = args.noise_level, args.sde_solver, args.mdp == "hybrid"
-        last = self.noise == "learned" or self.solver == "euler"  # has noise
-        last &= not self.hybrid or args.draw_last_step or self.K == 1  # and may be a decision
-        self.noisy_steps = self.K if last else self.K - 1
+        spared = self.hybrid and self.K > 1 and not args.draw_last_step  # the last step, of being a decision
+        spared |= self.noise == "sde" and self.solver != "euler"  # it has no noise
+        self.noisy_steps = self.K - spared
         self.num_stochastic = self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
 
     @torch.no_grad()
@@ -179,13 +171,12 @@ class Agent:
 
     @torch.no_grad()
     def act(self, prefix: Prefix, generator: torch.Generator, deterministic=False, x: Tensor = None):
-        """Denoise x, or else A^0 ~ N(0, I): chain (B, K+1, H, D), its random steps, their log-prob."""
+        """Denoise A^0 (B, H, D), x or new noise: chain (B, K+1, H, D), its random steps, their log-prob."""
         B, device, c = len(prefix.mask), prefix.mask.device, self.policy.config
         denoise_idx = torch.arange(self.noisy_steps, device=device).expand(B, -1)  # every step
         if self.hybrid:  # one step, drawn for each environment and chunk
             denoise_idx = torch.randint(self.noisy_steps, (B, 1), generator=generator, device=device)
-        if x is None:
-            x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device)  # A^0 (B, H, D)
+        x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device) if x is None else x
         chain, logprobs = [x], []
         for k in range(self.K):
             tau = torch.full((B,), k / self.K, device=device)
@@ -197,8 +188,7 @@ class Agent:
                 sample = mu + std * torch.randn(x.shape, generator=generator, device=device)  # Eq. 10
                 decides = (denoise_idx == k).any(dim=1)[:, None, None]  # (B, 1, 1)
                 x = torch.where(decides, sample, x + velocity * self.delta)
-                if k < self.noisy_steps:
-                    logprobs.append(log_prob(x, mu, std, self.chunk_len, self.action_dim))
+                logprobs.append(log_prob(x, mu, std, self.chunk_len, self.action_dim))
             chain.append(x)
         logprob = None if deterministic else torch.stack(logprobs, dim=1).gather(1, denoise_idx)
         return torch.stack(chain, dim=1), denoise_idx, logprob
@@ -210,8 +200,8 @@ class Agent:
         x, x_next, tau = chain[row, k], chain[row, k + 1], k / self.K  # (B * S, H, D) twice, (B * S,)
         _, mu, std = self.step(prefix, x, tau)
         logprob = log_prob(x_next, mu, std, executed[row], self.action_dim)
-        entropy = torch.log(std)[:, : self.chunk_len, : self.action_dim].mean(dim=(1, 2))
-        entropy = entropy + 0.5 * math.log(2 * math.pi * math.e)  # per number, (B * S,)
+        entropy = torch.log(std * math.sqrt(2 * math.pi * math.e))[:, : self.chunk_len, : self.action_dim]
+        entropy = entropy.mean(dim=(1, 2))  # per number, (B * S,)
         return logprob.view_as(denoise_idx), entropy.view_as(denoise_idx), std
 
     @torch.no_grad()
@@ -222,7 +212,7 @@ class Agent:
         return (0.5 * (a - b) ** 2).mean().sqrt().item()
 
     def value(self, prefix: Prefix, chain: Tensor = None, generator=None) -> Tensor:
-        """V(o), (B, 1); with V_expert in the two-layer MDP, V(o, A^tau) of each decision, (B, S)."""
+        """V of each decision, (B, S)."""
         head, B, K = self.policy.value_head, len(prefix.mask), self.K
         if self.policy.config.critic == "vlm":
             value = head(torch.cat([prefix.pooled.detach(), prefix.state], dim=1))
@@ -232,7 +222,8 @@ class Agent:
             tau = torch.arange(K, device=chain.device).repeat(B) / K
             _, features = self.policy.velocity(prefix, chain[:, :-1].flatten(0, 1), tau)  # (B * K, H, W)
         values = head(features.mean(dim=1)).view(B, K)
-        return values.mean(dim=1, keepdim=True) if self.hybrid else values[:, : self.noisy_steps]  # Eq. 16
+        # Eq. 16: V(o) is the mean over the denoising; in the two-layer MDP every step has its V(o, A^tau)
+        return values.mean(dim=1, keepdim=True) if self.hybrid else values[:, : self.noisy_steps]
 
 
 def now(device: torch.device) -> float:
@@ -249,8 +240,7 @@ def rollout(agent, envs, seen, batch, generator):
     Inside, the agent denoises: its decisions take no environment step, earn nothing and are not discounted
     (Eqs. 11, 12). Outside, the environment executes the finished chunk and pays R_t = sum_j r_{t,j}.
     Every observation is encoded once, here, and its prefix serves all epochs of the update. `seen` is the
-    present observation with its encoding. Returns the last one, the episodes that ended (success, return,
-    length), the executed steps and the seconds of encoding.
+    present one, encoded. Returns the next, with success, return and length of the episodes that ended.
     """
     obs, prefix, inputs = seen
     episodes, steps, encode_time, device = [], 0, 0.0, agent.policy.device
@@ -317,7 +307,7 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     advantages = (advantages - advantages[alive].mean()) / (advantages[alive].std(correction=0) + 1e-8)
     learns = optimizer.param_groups[0]["lr"] > 0  # the actor, not while the critic warms up
     clip, logs = args.clip_coef, []
-    for epoch in range(args.update_epochs):  # noqa: B007
+    for _ in range(args.update_epochs):
         order = alive[torch.randperm(len(alive), generator=generator, device=alive.device)]
         epoch_kl = 0.0
         for minibatch in order.tensor_split(min(args.num_minibatches, len(order))):
@@ -325,9 +315,8 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
             for rows in minibatch.split(args.micro_batch_size or len(minibatch)):
                 seen = agent.policy.encode({name: field[rows] for name, field in inputs.items()})
                 advantage = advantages[rows]
-                with torch.set_grad_enabled(learns):
-                    stored = chain[rows], denoise_idx[rows], executed[rows]
-                    logprob, entropy, std = agent.evaluate_actions(seen, *stored)
+                stored = chain[rows], denoise_idx[rows], executed[rows]
+                logprob, entropy, std = agent.evaluate_actions(seen, *stored)
                 logratio = logprob - old_logprob[rows]
                 ratio = logratio.exp()  # Eq. 15, (B, S)
                 clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -339,20 +328,20 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
                 if args.clip_vloss:
                     clipped = before + (value - before).clamp(-clip, clip)
                     value_loss = torch.max(value_loss, (clipped - returns[rows]) ** 2)
-                loss = policy_loss + 0.5 * value_loss.mean()
+                loss = (policy_loss if learns else 0) + 0.5 * value_loss.mean()
                 (loss * len(rows) / len(minibatch)).backward()
                 terms = {"losses/policy_loss": policy_loss, "losses/entropy": entropy, "flow/std_mean": std}
                 terms |= {"losses/approx_kl": approx_kl, "losses/clipfrac": clipfrac}
                 terms |= {"losses/value_loss": 0.5 * value_loss}
-                share = len(rows) / len(alive)  # so that an epoch's logs add up to means over its chunks
-                logs.append({name: term.mean().item() * share for name, term in terms.items()})
-                epoch_kl += logs[-1]["losses/approx_kl"]
+                logs.append((len(rows), {name: term.mean().item() for name, term in terms.items()}))
+                epoch_kl += approx_kl.detach().mean() * len(rows) / len(alive)
             groups = (group["params"] for group in optimizer.param_groups)
             grad_norm, *_ = [nn.utils.clip_grad_norm_(group, args.max_grad_norm) for group in groups]
             optimizer.step()
         if args.target_kl is not None and epoch_kl > args.target_kl:
             break
-    metrics = {name: sum(log[name] for log in logs) / (epoch + 1) for name in terms}
+    count = sum(n for n, _ in logs)
+    metrics = {name: sum(n * log[name] for n, log in logs) / count for name in terms}
     spread = returns[alive].var(correction=0).clamp(min=1e-8)  # all may be equal
     explained = 1 - (returns - old_value)[alive].var(correction=0) / spread
     return metrics | {"flow/grad_norm": grad_norm.item(), "losses/explained_variance": explained.item()}
@@ -393,12 +382,11 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
 def check(args: Args):
     """The user's mistakes, before anything is built or written."""
     check_ranges(args)
-    solver, low, high = args.sde_solver, args.noise_std_min, args.noise_std_max
-    batch_size = args.num_envs * args.num_steps
+    batch_size, low, high = args.num_envs * args.num_steps, args.noise_std_min, args.noise_std_max
     odd = f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"
     for wrong, message in [
-        (solver != "euler" and args.denoise_steps < 2, f"--denoise-steps must be at least 2 ({solver})"),
-        (solver == "cps" and args.noise_level > 1, "--noise-level must be at most 1 with cps"),
+        (args.sde_solver != "euler" and args.denoise_steps < 2, "--denoise-steps: at least 2 (cps, exp.)"),
+        (args.sde_solver == "cps" and args.noise_level > 1, "--noise-level must be at most 1 (cps)"),
         (args.noise_level <= 0, "--noise-level must be above 0: without noise there is nothing to explore"),
         (not 0 < low <= high, "--noise-std-min must be above 0 and at most --noise-std-max"),
         (batch_size % args.num_minibatches, odd),
@@ -479,10 +467,9 @@ def main(args: Args):
         inputs={name: storage(*field.shape[1:], dtype=field.dtype) for name, field in seen[2].items()},
         chain=storage(args.denoise_steps + 1, c.horizon, c.action_dim),  # (T, N, K+1, H, D)
         denoise_idx=storage(agent.num_stochastic, dtype=torch.long),
-        executed=storage(dtype=torch.long),
         logprob=storage(S),
         value=storage(S),
-        reward=storage(),
+        **{name: storage() for name in ("reward", "executed")},
         final_value=storage(),
         **{name: storage(dtype=torch.bool) for name in ("terminated", "truncated", "alive")},
     )
