@@ -119,7 +119,7 @@ def transition(x: Tensor, velocity: Tensor, tau: Tensor, delta: float, noise_lev
         # With tau' = tau + delta every mean is tau' * action_hat + c * noise_hat. The ODE has c = 1 - tau',
         # Euler std^2 / (2 * (1 - tau)) less. These draw a part of the noise anew and keep the proportion of
         # all of it, c^2 + std^2 = (1 - tau')^2. What differs is how much is old: the cosine of an angle
-        left, t = (1 - tau - delta).clamp(min=1e-6), tau.double()  # nothing is left after the last step
+        left, t = (1 - tau - delta).clamp(min=1e-7), tau.double()  # nothing is left after the last step
         angle = torch.full_like(t, noise_level * math.pi / 2)  # Flow-CPS: the same in every step
         if solver == "exponential":  # Eq. 9's SDE integrated exactly, with action_hat held; 1 / tau as above
             q = torch.where(t > 0, t * left / ((t + delta) * (1 - t)), (1 - delta) ** (1 / delta))
