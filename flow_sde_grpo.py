@@ -129,12 +129,10 @@ def transition(x: Tensor, velocity: Tensor, tau: Tensor, delta: float, noise_lev
     return mu, std  # (B, H, D), (B, 1, 1)
 
 
-def log_prob(x_next: Tensor, mu: Tensor, std: Tensor, executed: int | Tensor, action_dim: int) -> Tensor:
-    """log N(x_next; mu, std) of a chunk: the sum over its first `executed` actions and the real dims."""
+def log_prob(x_next: Tensor, mu: Tensor, std: Tensor, chunk_len: int, action_dim: int) -> Tensor:
+    """log N(x_next; mu, std) of a chunk: the sum over executed steps and real action dims, not padding."""
     terms = -0.5 * ((x_next - mu) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)  # (B, H, D)
-    executed = torch.as_tensor(executed, device=terms.device).view(-1, 1)
-    counts = torch.arange(terms.shape[1], device=terms.device) < executed  # (B or 1, H)
-    return (terms[..., :action_dim].sum(dim=2) * counts).sum(dim=1)  # (B,)
+    return terms[:, :chunk_len, :action_dim].sum(dim=(1, 2))  # (B,)
 
 
 class Agent:
@@ -188,13 +186,13 @@ class Agent:
         logprob = None if deterministic else torch.stack(logprobs, dim=1).gather(1, denoise_idx)
         return torch.stack(chain, dim=1), denoise_idx, logprob
 
-    def evaluate_actions(self, prefix: Prefix, chain: Tensor, denoise_idx: Tensor, executed: Tensor):
+    def evaluate_actions(self, prefix: Prefix, chain: Tensor, denoise_idx: Tensor):
         """Log-prob, entropy per number and std of stored decisions under the present weights."""
         k = denoise_idx.flatten()  # (B * S,)
         row = torch.arange(len(chain), device=chain.device).repeat_interleave(self.num_stochastic)
         x, x_next, tau = chain[row, k], chain[row, k + 1], k / self.K  # (B * S, H, D) twice, (B * S,)
         _, mu, std = self.step(prefix, x, tau)
-        logprob = log_prob(x_next, mu, std, executed[row], self.action_dim)
+        logprob = log_prob(x_next, mu, std, self.chunk_len, self.action_dim)
         entropy = torch.log(std * math.sqrt(2 * math.pi * math.e))[:, : self.chunk_len, : self.action_dim]
         entropy = entropy.mean(dim=(1, 2))  # per number, (B * S,)
         return logprob.view_as(denoise_idx), entropy.view_as(denoise_idx), std
@@ -239,13 +237,6 @@ def rollout(agent, envs, seen, batch, generator):
         batch.terminated[t] = torch.from_numpy(terminated)
         batch.truncated[t] = torch.from_numpy(truncated)
         batch.alive[t] = torch.from_numpy(info["alive"])
-        batch.executed[t] = torch.from_numpy(info["steps"])
-        short = (
-            batch.executed[t] < agent.chunk_len
-        )  # the episode ended within the chunk: the rest is no action
-        if short.any():
-            part = prefix[short], chain[short], denoise_idx[short], batch.executed[t, short]
-            batch.logprob[t, short] = agent.evaluate_actions(*part)[0]
         done = terminated | truncated
         episodes += zip(*(info[key][done] for key in ("success", "episode_return", "episode_length")))
         steps += int(info["steps"].sum())
@@ -269,8 +260,8 @@ def compute_advantages(rewards: Tensor, alive: Tensor, group_size: int, eps=1e-6
 
 def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     """GRPO on the chunks whose episode differs from its group: clipped surrogate (Eqs. 14-15)."""
-    names = ("chain", "denoise_idx", "executed", "logprob", "advantages")
-    chain, denoise_idx, executed, old_logprob, advantages = (getattr(batch, n).flatten(0, 1) for n in names)
+    names = ("chain", "denoise_idx", "logprob", "advantages")
+    chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
     inputs = {name: field.flatten(0, 1) for name, field in batch.inputs.items()}
     alive = batch.alive.flatten().nonzero().squeeze(1)
     clip, logs = args.clip_coef, []
@@ -282,8 +273,7 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
             for rows in minibatch.split(args.micro_batch_size or len(minibatch)):
                 seen = agent.policy.encode({name: field[rows] for name, field in inputs.items()})
                 advantage = advantages[rows]
-                stored = chain[rows], denoise_idx[rows], executed[rows]
-                logprob, entropy, std = agent.evaluate_actions(seen, *stored)
+                logprob, entropy, std = agent.evaluate_actions(seen, chain[rows], denoise_idx[rows])
                 logratio = logprob - old_logprob[rows]
                 ratio = logratio.exp()  # Eq. 15, (B, S)
                 clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -292,7 +282,7 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
                 clipfrac = ((ratio - 1).abs() > clip).float()
                 start = logprob.detach()  # under the policy that training started from
                 if agent.reference:
-                    start, *_ = agent.reference.evaluate_actions(seen, *stored)
+                    start, *_ = agent.reference.evaluate_actions(seen, chain[rows], denoise_idx[rows])
                 kl = (start - logprob).exp() - 1 - (start - logprob)  # GRPO's own estimate, never negative
                 loss = policy_loss + args.kl_coef * kl.mean()
                 (loss * len(rows) / len(minibatch)).backward()
@@ -437,7 +427,7 @@ def main(args: Args):
         chain=storage(args.denoise_steps + 1, c.horizon, c.action_dim),  # (T, N, K+1, H, D)
         denoise_idx=storage(agent.num_stochastic, dtype=torch.long),
         logprob=storage(S),
-        **{name: storage() for name in ("reward", "executed")},
+        reward=storage(),
         **{name: storage(dtype=torch.bool) for name in ("terminated", "truncated", "alive")},
     )
     success_once = episodic_return = episodic_length = float("nan")
