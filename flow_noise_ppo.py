@@ -196,7 +196,7 @@ class Agent:
         entropy = torch.log(std * math.sqrt(2 * math.pi * math.e))[:, : self.chunk_len, : self.action_dim]
         entropy = entropy.mean(dim=(1, 2))  # per number, (B * S,)
         logprob = torch.cat([self.log_prior(chain[:, 0])[:, None], logprob.view_as(denoise_idx)], dim=1)
-        return self.joint(logprob), entropy.view_as(denoise_idx), std
+        return self.joint(logprob), entropy.view_as(denoise_idx).mean(dim=1, keepdim=True), std
 
     @torch.no_grad()
     def exploration(self, prefix: Prefix, generator: torch.Generator) -> float:

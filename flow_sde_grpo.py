@@ -87,7 +87,7 @@ class Args:
     noise_std_min: float = 0.2  # least standard deviation of the learned noise
     noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
     sde_solver: Literal["euler", "cps", "exponential"] = "euler"  # of the SDE's step, see `transition`
-    draw_last_step: bool = False  # hybrid: draw from all K steps, as the paper does; else never the last
+    draw_last_step: bool = True  # hybrid: draw from all K steps, as the paper does; else never the last
     mdp: Literal["hybrid", "two-layer"] = "hybrid"  # one random denoise step decides (4.2.3), or all
     group_size: int = 8  # episodes from one initial state, which are compared (Eq. 17)
     kl_coef: float = 0.0  # weight of the KL divergence from the policy at the start

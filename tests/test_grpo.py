@@ -321,7 +321,9 @@ def test_run(tmp_path, checkpoint, monkeypatch):
         assert row["flow/grad_norm"] > 0 == row["losses/reference_kl"] and agent.reference is None
         chunks = [8 if n in (6, 8) else 2 if n == 7 else 0 for n in range(9)]
         assert batch.alive.sum(dim=0).tolist() == chunks
-        sums = (batch.advantages[..., 0] * batch.alive).sum(dim=0) / ((4 * 2 + 5 * 8) / 9)
+        sums = (batch.advantages[..., 0] * batch.alive).sum(dim=0) / (
+            (8 + 2 + 8) / 3
+        )  # of whom is learned from
         truth = torch.tensor([0.0] * 6 + [-(0.5**0.5), 2**0.5, -(0.5**0.5)])
         assert torch.allclose(sums, truth, atol=1e-4)
         states = batch.inputs["state"][0].view(3, 3, -1)
