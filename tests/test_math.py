@@ -377,9 +377,7 @@ CAUGHT = {
     check_cps_bias: without(WRONG_CPS, "action in the proportion of tau", "sine and cosine swapped"),
     check_cps_stds: without(WRONG_CPS, *list(WRONG_CPS)[:3]),
     check_exponential: WRONG_EXPONENTIAL,
-    check_exponential_converges: without(
-        WRONG_EXPONENTIAL, *list(WRONG_EXPONENTIAL)[3:], "a^2 in place of a^2 / 2"
-    ),
+    check_exponential_converges: {"Flow-CPS's": WRONG_EXPONENTIAL["Flow-CPS's"]},
     check_score: WRONG_SCORE,
     check_log_prob: WRONG_REDUCTION | WRONG_TERM,
     check_padding: without(WRONG_REDUCTION, "the mean", "over steps, then the mean"),
