@@ -4,7 +4,8 @@ A policy is evaluated by the ODE (Eq. 6): a chunk starts from seeded noise A^0 a
 On LIBERO these are its 500 initial states, on MetaWorld 50 seeds a task (MT50, ML45: 10), of which Table 4's
 classes are reported too, on SIMPLER every layout.
 With `--stochastic` the same states are also played with the noise that RL explores with; the difference is
-the train-eval gap of the paper's Table 6, and a row says how wide that noise is (`spreads`). Every state is one episode; success at any step of it is success.
+the train-eval gap of the paper's Table 6, and a row says how wide that noise is (`spreads`).
+Every state is one episode; success at any step of it is success.
 K, the length of a chunk and the noise are those that a checkpoint was trained with (its args.json), else the
 defaults for the environment (paper.toml), unless a flag says otherwise; the protocol line says which.
 
