@@ -88,7 +88,7 @@ def test_interval_known_values():
 class Expert:
     """An agent that acts like the scripted expert, or not at all where the drawer is on the right."""
 
-    chunk_len, action_dim, device = 1, 3, "cpu"
+    chunk_len, action_dim, device, config = 1, 3, "cpu", TINY
 
     def __init__(self, envs):
         self.envs, self.policy = envs, self
@@ -99,7 +99,7 @@ class Expert:
     def encode(self, obs):
         return obs
 
-    def act(self, obs, generator, deterministic):
+    def act(self, obs, generator, deterministic, noise):
         return torch.zeros(len(obs["prompt"]), 1), None, None
 
     def postprocess(self, x, obs):
