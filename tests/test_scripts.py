@@ -345,7 +345,7 @@ def test_flags_are_alike():
     for a, b in ((sde, noise), (sde, grpo), (noise, grpo)):
         assert {k: a[k] for k in a.keys() & b.keys()} == {k: b[k] for k in a.keys() & b.keys()}
     assert noise.keys() - sde.keys() == {"logprob_reduction", "ent_coef"}
-    assert sde.keys() - noise.keys() == {"sde_solver", "draw_last_step", "mdp"}
+    assert sde.keys() - noise.keys() == {"sde_solver", "noisy_last_step", "mdp"}
     assert grpo.keys() - sde.keys() == {"group_size", "kl_coef"}
     critic = {"critic", "critic_layers", "critic_learning_rate", "critic_warmup", "clip_vloss"}
     assert sde.keys() - grpo.keys() == critic | {"gamma", "gae_lambda", "partial_reset"}
