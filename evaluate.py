@@ -66,16 +66,18 @@ class Args:
     denoise_steps: int | None = None
     """K, integration steps from noise to action"""
     noise: Literal["sde", "learned"] | None = None
-    """the SDE's, or that of the checkpoint's noise head (this one and the next three are for --stochastic)"""
+    """the SDE's, or that of the checkpoint's noise head (this one and the next four are for --stochastic)"""
     noise_level: float | None = None
     """a, the scale of the SDE's noise"""
-    sde_solver: Literal["euler", "cps"] | None = None
-    """Euler-Maruyama (Eq. 9) or Flow-CPS"""
+    sde_solver: Literal["euler", "cps", "exponential"] | None = None
+    """of the SDE's step"""
+    draw_last_step: bool | None = None
+    """the noisy step may be the last one"""
     mdp: Literal["hybrid", "two-layer"] | None = None
     """noise in one random denoise step of a chunk, or in every one"""
 
 
-SAMPLER = ("chunk_len", "denoise_steps", "noise", "noise_level", "sde_solver", "mdp")
+SAMPLER = ("chunk_len", "denoise_steps", "noise", "noise_level", "sde_solver", "draw_last_step", "mdp")
 
 
 def sampler(args, checkpoint, policy):
@@ -98,7 +100,7 @@ def sampler(args, checkpoint, policy):
     chosen = SimpleNamespace(**chosen | flags)
     if flags:
         source = ", ".join([source, *(f"--{name.replace('_', '-')}" for name in flags)])
-    smallest = 2 if chosen.sde_solver == "cps" else 1
+    smallest = 1 if chosen.sde_solver == "euler" else 2
     for wrong, message in [
         (chosen.chunk_len < 1, "--chunk-len must be at least 1"),
         (chosen.denoise_steps < smallest, f"--denoise-steps must be at least {smallest}"),

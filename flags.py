@@ -3,9 +3,12 @@
 import argparse
 import dataclasses
 import inspect
+import math
 import re
 import shlex
 import sys
+import tomllib
+from pathlib import Path
 from typing import Annotated, TypedDict
 
 
@@ -13,6 +16,40 @@ def fail(message: str):
     """A user's mistake: one line on stderr and exit code 2, never a traceback."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+RANGES = {  # of numbers, wherever there is such a flag: least, greatest
+    **dict.fromkeys(["num_threads", "num_envs", "num_steps", "chunk_len", "total_timesteps"], (1, math.inf)),
+    **dict.fromkeys(["update_epochs", "num_minibatches", "save_freq", "denoise_steps"], (1, math.inf)),
+    **dict.fromkeys(["critic_layers", "lora_rank"], (1, math.inf)),
+    **dict.fromkeys(["micro_batch_size", "lr_warmup", "critic_warmup"], (0, math.inf)),
+    **dict.fromkeys(["learning_rate", "critic_learning_rate", "ent_coef", "kl_coef"], (0, math.inf)),
+    **dict.fromkeys(["gamma", "gae_lambda"], (0, 1)),
+    "group_size": (2, math.inf),
+    "eval_freq": (-1, math.inf),
+}
+
+
+def check_ranges(args):
+    """Each number by itself; what flags have to do with each other is for the scripts."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name, low)
+        if not low <= value <= high:  # also nan
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            fail(f"--{name.replace('_', '-')} must be {bounds}, not {value}")
+
+
+def paper_row(env_id, model):
+    """The columns of paper.toml for these, in units of the flags; nothing if there is no such row."""
+    row, paper = {}, tomllib.loads((Path(__file__).parent / "paper.toml").read_text())
+    for name, columns in paper.get(model, {}).items():  # from the general to the special
+        row |= columns if name == "all" or env_id.startswith(name) else {}
+    if "checkpoint" not in row:
+        return {}
+    row["num_steps"] = row["rollout_epochs"] * math.ceil(row["interaction_steps"] / row["chunk_len"])
+    row["num_minibatches"] = row["num_envs"] * row["num_steps"] // row["batch_size"]
+    row["total_timesteps"] = row["train_epochs"] * row["num_envs"] * row["num_steps"] * row["chunk_len"]
+    return row
 
 
 def sections(args_class):

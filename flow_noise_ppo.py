@@ -23,10 +23,8 @@ import json
 import math
 import os
 import time
-import tomllib
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -39,7 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs import make_envs, select_rows, write_gif
-from flags import as_command, fail, parse
+from flags import as_command, check_ranges, fail, paper_row, parse
 from pi_models import Policy, Prefix, load_policy, save_policy
 
 
@@ -97,23 +95,16 @@ class Args:
     noise_std_min: float = 0.2  # least standard deviation of the learned noise
     noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
     logprob_reduction: Literal["sum", "mean"] = "sum"  # of a chunk's K + 1: Eq. 5, or the authors' code
-    ent_coef: float = 0.005  # weight of the entropy bonus
+    ent_coef: float = 0.3  # weight of the entropy bonus, which is per number of the chain
 
 
 def defaults(env_id: str, model: str) -> Args:
-    """Args with the paper's row (paper.toml); for the tiny policy, which knows the tabletop only, a trial."""
+    """Args with the row of paper.toml, or for the tiny policy, which knows the tabletop only, a trial."""
     if env_id.startswith("tabletop"):
         return Args()
     if model == "tiny":
         return Args(checkpoint="tiny", num_envs=2, total_timesteps=1000, eval_freq=-1)
-    row, paper = {}, tomllib.loads((Path(__file__).parent / "paper.toml").read_text())
-    for name, columns in paper.get(model, {}).items():  # from the general to the special
-        row |= columns if name == "all" or env_id.startswith(name) else {}
-    if "checkpoint" not in row:
-        return Args(checkpoint="")  # has to be given
-    row["num_steps"] = row["rollout_epochs"] * math.ceil(row["interaction_steps"] / row["chunk_len"])
-    row["num_minibatches"] = row["num_envs"] * row["num_steps"] // row["batch_size"]
-    row["total_timesteps"] = row["train_epochs"] * row["num_envs"] * row["num_steps"] * row["chunk_len"]
+    row = paper_row(env_id, model) or {"checkpoint": ""}  # which has to be given
     return Args(**{name: value for name, value in row.items() if hasattr(Args, name)})
 
 
@@ -150,7 +141,8 @@ class Agent:
         self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
         self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.average = args.noise_level, args.logprob_reduction == "mean"
-        self.num_stochastic, self.num_decisions = self.K, 1  # per chunk
+        self.noisy_steps = self.num_stochastic = self.K
+        self.num_decisions = 1  # S, per chunk
 
     @torch.no_grad()
     def encode(self, obs: dict) -> tuple[Prefix, dict[str, Tensor]]:
@@ -171,15 +163,15 @@ class Agent:
         return log_prob(x, torch.zeros(()), torch.ones(()), self.chunk_len, self.action_dim)
 
     def joint(self, terms):
-        """Of the terms of a chain, log-probabilities or entropies, their sum (Eq. 5) or mean, (B, 1)."""
+        """Of the log-probabilities of a chain their sum (Eq. 5) or mean, (B, 1)."""
         return terms.mean(dim=1, keepdim=True) if self.average else terms.sum(dim=1, keepdim=True)
 
     @torch.no_grad()
-    def act(self, prefix: Prefix, generator: torch.Generator, deterministic=False):
-        """Denoise from A^0 ~ N(0, I): chain (B, K+1, H, D), its random steps, log-prob of the decisions."""
+    def act(self, prefix: Prefix, generator: torch.Generator, deterministic=False, x: Tensor = None):
+        """Denoise A^0 (B, H, D), x or new noise: chain (B, K+1, H, D), its random steps, their log-prob."""
         B, device, c = len(prefix.mask), prefix.mask.device, self.policy.config
-        denoise_idx = torch.arange(self.num_stochastic, device=device).expand(B, -1)  # every step
-        x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device)  # A^0 (B, H, D)
+        denoise_idx = torch.arange(self.noisy_steps, device=device).expand(B, -1)  # every step
+        x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device) if x is None else x
         chain, logprobs = [x], [self.log_prior(x)]
         for k in range(self.K):
             tau = torch.full((B,), k / self.K, device=device)
@@ -195,18 +187,26 @@ class Agent:
         return torch.stack(chain, dim=1), denoise_idx, logprob
 
     def evaluate_actions(self, prefix: Prefix, chain: Tensor, denoise_idx: Tensor):
-        """Log-prob and entropy of stored decisions, and std of their steps, under the present weights."""
+        """Log-prob, entropy per number and std of stored decisions under the present weights."""
         k = denoise_idx.flatten()  # (B * S,)
         row = torch.arange(len(chain), device=chain.device).repeat_interleave(self.num_stochastic)
         x, x_next, tau = chain[row, k], chain[row, k + 1], k / self.K  # (B * S, H, D) twice, (B * S,)
         _, mu, std = self.step(prefix, x, tau)
         logprob = log_prob(x_next, mu, std, self.chunk_len, self.action_dim)
-        entropy = -log_prob(mu + std, mu, std, self.chunk_len, self.action_dim)  # as E (x - mu)^2 = std^2
+        entropy = torch.log(std * math.sqrt(2 * math.pi * math.e))[:, : self.chunk_len, : self.action_dim]
+        entropy = entropy.mean(dim=(1, 2))  # per number, (B * S,)
         logprob = torch.cat([self.log_prior(chain[:, 0])[:, None], logprob.view_as(denoise_idx)], dim=1)
-        return self.joint(logprob), self.joint(entropy.view_as(denoise_idx)), std
+        return self.joint(logprob), entropy.view_as(denoise_idx).mean(dim=1, keepdim=True), std
+
+    @torch.no_grad()
+    def exploration(self, prefix: Prefix, generator: torch.Generator) -> float:
+        """Standard deviation of the executed numbers given observation and A^0, from pairs of chunks."""
+        x = self.act(prefix, generator, deterministic=True)[0][:, 0]  # A^0
+        a, b = (self.act(prefix, generator, x=x)[0][:, -1, : self.chunk_len, : self.action_dim] for _ in "ab")
+        return (0.5 * (a - b) ** 2).mean().sqrt().item()
 
     def value(self, prefix: Prefix, chain: Tensor = None, generator=None) -> Tensor:
-        """V(o), (B, 1)."""
+        """V of each decision, (B, S)."""
         head, B, K = self.policy.value_head, len(prefix.mask), self.K
         if self.policy.config.critic == "vlm":
             value = head(torch.cat([prefix.pooled.detach(), prefix.state], dim=1))
@@ -216,7 +216,8 @@ class Agent:
             tau = torch.arange(K, device=chain.device).repeat(B) / K
             _, features = self.policy.velocity(prefix, chain[:, :-1].flatten(0, 1), tau)  # (B * K, H, W)
         values = head(features.mean(dim=1)).view(B, K)
-        return values.mean(dim=1, keepdim=True)  # Eq. 16
+        # Eq. 16: V(o) is the mean over the denoising; in the two-layer MDP every step has its V(o, A^tau)
+        return values.mean(dim=1, keepdim=True)
 
 
 def now(device: torch.device) -> float:
@@ -233,8 +234,7 @@ def rollout(agent, envs, seen, batch, generator):
     Inside, the agent denoises: its decisions take no environment step, earn nothing and are not discounted
     (Eqs. 11, 12). Outside, the environment executes the finished chunk and pays R_t = sum_j r_{t,j}.
     Every observation is encoded once, here, and its prefix serves all epochs of the update. `seen` is the
-    present observation with its encoding. Returns the last one, the episodes that ended (success, return,
-    length), the executed steps and the seconds of encoding.
+    present one, encoded. Returns the next, with success, return and length of the episodes that ended.
     """
     obs, prefix, inputs = seen
     episodes, steps, encode_time, device = [], 0, 0.0, agent.policy.device
@@ -292,10 +292,11 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     inputs = {name: field.flatten(0, 1) for name, field in batch.inputs.items()}
     alive = batch.alive.flatten().nonzero().squeeze(1)
     advantages = (advantages - advantages[alive].mean()) / (advantages[alive].std(correction=0) + 1e-8)
+    learns = optimizer.param_groups[0]["lr"] > 0  # the actor, not while the critic warms up
     clip, logs = args.clip_coef, []
     for _ in range(args.update_epochs):
         order = alive[torch.randperm(len(alive), generator=generator, device=alive.device)]
-        epoch_kl = []
+        epoch_kl = 0.0
         for minibatch in order.tensor_split(min(args.num_minibatches, len(order))):
             optimizer.zero_grad()
             for rows in minibatch.split(args.micro_batch_size or len(minibatch)):
@@ -313,27 +314,31 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
                 if args.clip_vloss:
                     clipped = before + (value - before).clamp(-clip, clip)
                     value_loss = torch.max(value_loss, (clipped - returns[rows]) ** 2)
-                loss = policy_loss - args.ent_coef * entropy.mean() + 0.5 * value_loss.mean()
+                policy_loss = policy_loss - args.ent_coef * entropy.mean()
+                loss = (policy_loss if learns else 0) + 0.5 * value_loss.mean()
                 (loss * len(rows) / len(minibatch)).backward()
                 terms = {"losses/policy_loss": policy_loss, "losses/entropy": entropy, "flow/std_mean": std}
                 terms |= {"losses/approx_kl": approx_kl, "losses/clipfrac": clipfrac}
                 terms |= {"losses/value_loss": 0.5 * value_loss}
-                logs.append({name: term.mean().item() for name, term in terms.items()})
-                epoch_kl.append(logs[-1]["losses/approx_kl"])
+                logs.append((len(rows), {name: term.mean().item() for name, term in terms.items()}))
+                epoch_kl += approx_kl.detach().mean() * len(rows) / len(alive)
             groups = (group["params"] for group in optimizer.param_groups)
             grad_norm, *_ = [nn.utils.clip_grad_norm_(group, args.max_grad_norm) for group in groups]
             optimizer.step()
-        if args.target_kl is not None and np.mean(epoch_kl) > args.target_kl:
+        if args.target_kl is not None and epoch_kl > args.target_kl:
             break
-    metrics = {name: np.mean([log[name] for log in logs]) for name in terms}
-    explained = 1 - (returns - old_value)[alive].var(correction=0) / returns[alive].var(correction=0)
+    count = sum(n for n, _ in logs)
+    metrics = {name: sum(n * log[name] for n, log in logs) / count for name in terms}
+    spread = returns[alive].var(correction=0).clamp(min=1e-8)  # all may be equal
+    explained = 1 - (returns - old_value)[alive].var(correction=0) / spread
     return metrics | {"flow/grad_norm": grad_norm.item(), "losses/explained_variance": explained.item()}
 
 
 @torch.no_grad()
 def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
     """One episode from each fixed evaluation state, by the ODE: success, length, task (M,) and frames."""
-    generator = torch.Generator(agent.policy.device).manual_seed(seed)
+    device, c = agent.policy.device, agent.policy.config
+    generator = torch.Generator(device)
     states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
     results, frames = [], []
     for start in range(0, len(states), envs.num_envs):
@@ -346,7 +351,10 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
             rows = np.flatnonzero(alive)
             seen = select_rows(obs, rows)
             prefix = agent.policy.encode(agent.policy.preprocess(seen))
-            chain, _, _ = agent.act(prefix, generator, deterministic)
+            # A^0 depends on seed, state and step alone: policies are compared on the same noise
+            generator.manual_seed(1000 * seed + int(length[rows[0]]))
+            noise = torch.randn((len(states), c.horizon, c.action_dim), generator=generator, device=device)
+            chain, _, _ = agent.act(prefix, generator, deterministic, noise[start + rows])
             actions = np.zeros((envs.num_envs, agent.chunk_len, agent.action_dim), np.float32)
             actions[rows] = agent.policy.postprocess(chain[:, -1], seen)[:, : agent.chunk_len]
             obs, _, terminated, truncated, info = envs.step_chunk(actions)
@@ -360,18 +368,13 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
 
 def check(args: Args):
     """The user's mistakes, before anything is built or written."""
-    counts = ("num_threads", "num_envs", "num_steps", "chunk_len", "total_timesteps", "update_epochs")
-    counts += ("num_minibatches", "save_freq", "denoise_steps", "critic_layers")
-    for count in counts:
-        if getattr(args, count) < 1:
-            fail(f"--{count.replace('_', '-')} must be at least 1")
+    check_ranges(args)
     batch_size, low, high = args.num_envs * args.num_steps, args.noise_std_min, args.noise_std_max
     odd = f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"
     for wrong, message in [
         (args.noise_level <= 0, "--noise-level must be above 0: without noise there is nothing to explore"),
         (not 0 < low <= high, "--noise-std-min must be above 0 and at most --noise-std-max"),
         (batch_size % args.num_minibatches, odd),
-        (min(args.micro_batch_size, args.lr_warmup) < 0, "--micro-batch-size, --lr-warmup: at least 0"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
         (args.track and not find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
     ]:
@@ -476,6 +479,7 @@ def main(args: Args):
             batch.reward, batch.value, batch.next_value, *ends, args.gamma, args.gae_lambda
         )
         metrics = update(agent, optimizer, batch, args, shuffle_rng)
+        metrics["flow/exploration"] = agent.exploration(seen[1][:64], torch.Generator(device).manual_seed(0))
         updated = now(policy.device)
         global_step += steps
 

@@ -23,10 +23,8 @@ import json
 import math
 import os
 import time
-import tomllib
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -39,7 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs import make_envs, select_rows, write_gif
-from flags import as_command, fail, parse
+from flags import as_command, check_ranges, fail, paper_row, parse
 from pi_models import Policy, Prefix, load_policy, save_policy
 
 
@@ -88,26 +86,20 @@ class Args:
     noise_level: float = 1.0  # a, the scale of the SDE's noise (Eq. 9)
     noise_std_min: float = 0.2  # least standard deviation of the learned noise
     noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
-    sde_solver: Literal["euler", "cps"] = "euler"  # Euler-Maruyama (Eq. 9) or Flow-CPS
+    sde_solver: Literal["euler", "cps", "exponential"] = "euler"  # of the SDE's step, see `transition`
+    draw_last_step: bool = True  # hybrid: draw from all K steps, as the paper does; else never the last
     mdp: Literal["hybrid", "two-layer"] = "hybrid"  # one random denoise step decides (4.2.3), or all
     group_size: int = 8  # episodes from one initial state, which are compared (Eq. 17)
     kl_coef: float = 0.0  # weight of the KL divergence from the policy at the start
 
 
 def defaults(env_id: str, model: str) -> Args:
-    """Args with the paper's row (paper.toml); for the tiny policy, which knows the tabletop only, a trial."""
+    """Args with the row of paper.toml, or for the tiny policy, which knows the tabletop only, a trial."""
     if env_id.startswith("tabletop"):
         return Args()
     if model == "tiny":
         return Args(checkpoint="tiny", num_envs=2, total_timesteps=1000, eval_freq=-1)
-    row, paper = {}, tomllib.loads((Path(__file__).parent / "paper.toml").read_text())
-    for name, columns in paper.get(model, {}).items():  # from the general to the special
-        row |= columns if name == "all" or env_id.startswith(name) else {}
-    if "checkpoint" not in row:
-        return Args(checkpoint="")  # has to be given
-    row["num_steps"] = row["rollout_epochs"] * math.ceil(row["interaction_steps"] / row["chunk_len"])
-    row["num_minibatches"] = row["num_envs"] * row["num_steps"] // row["batch_size"]
-    row["total_timesteps"] = row["train_epochs"] * row["num_envs"] * row["num_steps"] * row["chunk_len"]
+    row = paper_row(env_id, model) or {"checkpoint": ""}  # which has to be given
     return Args(**{name: value for name, value in row.items() if hasattr(Args, name)})
 
 
@@ -123,11 +115,17 @@ def transition(x: Tensor, velocity: Tensor, tau: Tensor, delta: float, noise_lev
     sigma = noise_level * torch.sqrt((1 - tau) / tau.clamp(min=delta))
     mu = x + (velocity - sigma**2 / (2 * (1 - tau)) * noise_hat) * delta  # Eq. 9
     std = sigma * math.sqrt(delta)
-    if solver == "cps":
-        # Flow-CPS: action and noise in the proportions of tau + delta, but part of the noise is new
-        action_hat, angle = x + (1 - tau) * velocity, noise_level * math.pi / 2
-        mu = (tau + delta) * action_hat + (1 - tau - delta) * math.cos(angle) * noise_hat
-        std = (1 - tau - delta) * math.sin(angle)
+    if solver != "euler":
+        # With tau' = tau + delta every mean is tau' * action_hat + c * noise_hat. The ODE has c = 1 - tau',
+        # Euler std^2 / (2 * (1 - tau)) less. These draw a part of the noise anew and keep the proportion of
+        # all of it, c^2 + std^2 = (1 - tau')^2. What differs is how much is old: the cosine of an angle
+        left, t = (1 - tau - delta).clamp(min=1e-7), tau.double()  # nothing is left after the last step
+        angle = torch.full_like(t, noise_level * math.pi / 2)  # Flow-CPS: the same in every step
+        if solver == "exponential":  # Eq. 9's SDE integrated exactly, with action_hat held; 1 / tau as above
+            q = torch.where(t > 0, t * left / ((t + delta) * (1 - t)), (1 - delta) ** (1 / delta))
+            angle = torch.acos(q ** (noise_level**2 / 2))  # q is what remains of noise / action
+        keep, std = left * angle.cos().to(x.dtype), left * angle.sin().to(x.dtype)
+        mu = (tau + delta) * (x + (1 - tau) * velocity) + keep * noise_hat
     return mu, std  # (B, H, D), (B, 1, 1)
 
 
@@ -144,7 +142,9 @@ class Agent:
         self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
         self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.solver, self.hybrid = args.noise_level, args.sde_solver, args.mdp == "hybrid"
-        self.noisy_steps = self.K - (self.solver == "cps" and self.noise == "sde")  # the last of CPS has none
+        spared = self.hybrid and self.K > 1 and not args.draw_last_step  # the last step, of being a decision
+        spared |= self.noise == "sde" and self.solver != "euler"  # it has no noise
+        self.noisy_steps = self.K - spared
         self.num_stochastic = self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
         self.reference = None  # the agent at the start, when there is a KL penalty
 
@@ -163,13 +163,13 @@ class Agent:
         return velocity, *transition(x, velocity, tau, self.delta, self.noise_level, self.solver)
 
     @torch.no_grad()
-    def act(self, prefix: Prefix, generator: torch.Generator, deterministic=False):
-        """Denoise from A^0 ~ N(0, I): chain (B, K+1, H, D), its random steps, log-prob of the decisions."""
+    def act(self, prefix: Prefix, generator: torch.Generator, deterministic=False, x: Tensor = None):
+        """Denoise A^0 (B, H, D), x or new noise: chain (B, K+1, H, D), its random steps, their log-prob."""
         B, device, c = len(prefix.mask), prefix.mask.device, self.policy.config
         denoise_idx = torch.arange(self.noisy_steps, device=device).expand(B, -1)  # every step
         if self.hybrid:  # one step, drawn for each environment and chunk
             denoise_idx = torch.randint(self.noisy_steps, (B, 1), generator=generator, device=device)
-        x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device)  # A^0 (B, H, D)
+        x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device) if x is None else x
         chain, logprobs = [x], []
         for k in range(self.K):
             tau = torch.full((B,), k / self.K, device=device)
@@ -187,14 +187,22 @@ class Agent:
         return torch.stack(chain, dim=1), denoise_idx, logprob
 
     def evaluate_actions(self, prefix: Prefix, chain: Tensor, denoise_idx: Tensor):
-        """Log-prob and entropy of stored decisions, and std of their steps, under the present weights."""
+        """Log-prob, entropy per number and std of stored decisions under the present weights."""
         k = denoise_idx.flatten()  # (B * S,)
         row = torch.arange(len(chain), device=chain.device).repeat_interleave(self.num_stochastic)
         x, x_next, tau = chain[row, k], chain[row, k + 1], k / self.K  # (B * S, H, D) twice, (B * S,)
         _, mu, std = self.step(prefix, x, tau)
         logprob = log_prob(x_next, mu, std, self.chunk_len, self.action_dim)
-        entropy = -log_prob(mu + std, mu, std, self.chunk_len, self.action_dim)  # as E (x - mu)^2 = std^2
+        entropy = torch.log(std * math.sqrt(2 * math.pi * math.e))[:, : self.chunk_len, : self.action_dim]
+        entropy = entropy.mean(dim=(1, 2))  # per number, (B * S,)
         return logprob.view_as(denoise_idx), entropy.view_as(denoise_idx), std
+
+    @torch.no_grad()
+    def exploration(self, prefix: Prefix, generator: torch.Generator) -> float:
+        """Standard deviation of the executed numbers given observation and A^0, from pairs of chunks."""
+        x = self.act(prefix, generator, deterministic=True)[0][:, 0]  # A^0
+        a, b = (self.act(prefix, generator, x=x)[0][:, -1, : self.chunk_len, : self.action_dim] for _ in "ab")
+        return (0.5 * (a - b) ** 2).mean().sqrt().item()
 
 
 def now(device: torch.device) -> float:
@@ -211,8 +219,7 @@ def rollout(agent, envs, seen, batch, generator):
     Inside, the agent denoises: its decisions take no environment step, earn nothing and are not discounted
     (Eqs. 11, 12). Outside, the environment executes the finished chunk and pays R_t = sum_j r_{t,j}.
     Every observation is encoded once, here, and its prefix serves all epochs of the update. `seen` is the
-    present observation with its encoding. Returns the last one, the episodes that ended (success, return,
-    length), the executed steps and the seconds of encoding.
+    present one, encoded. Returns the next, with success, return and length of the episodes that ended.
     """
     obs, prefix, inputs = seen
     episodes, steps, encode_time, device = [], 0, 0.0, agent.policy.device
@@ -244,9 +251,11 @@ def compute_advantages(rewards: Tensor, alive: Tensor, group_size: int, eps=1e-6
     returns = rewards.sum(dim=0).view(-1, group_size)  # (G, group_size): R^(j)
     advantages = returns - returns.mean(dim=1, keepdim=True)
     advantages = advantages / (returns.std(dim=1, correction=0, keepdim=True) + eps)  # Eq. 17
-    advantages[(returns == returns[:, :1]).all(dim=1)] = 0  # nothing to compare, whatever the rounding says
-    chunks = alive.sum(dim=0).float()  # (N,): an episode's advantage is shared among so many
-    return (advantages.flatten() * chunks.mean() / chunks).expand_as(rewards)[..., None]  # (T, N, 1)
+    masked = (returns == returns[:, :1]).all(dim=1)  # nothing to compare, whatever the rounding says
+    advantages[masked] = 0
+    chunks = alive.sum(dim=0).float().view(-1, group_size)  # an episode's advantage is shared among so many
+    advantages = advantages * chunks[~masked].mean().nan_to_num() / chunks
+    return advantages.flatten().expand_as(rewards)[..., None]  # (T, N, 1)
 
 
 def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
@@ -258,7 +267,7 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     clip, logs = args.clip_coef, []
     for _ in range(args.update_epochs):
         order = alive[torch.randperm(len(alive), generator=generator, device=alive.device)]
-        epoch_kl = []
+        epoch_kl = 0.0
         for minibatch in order.tensor_split(min(args.num_minibatches, len(order))):
             optimizer.zero_grad()
             for rows in minibatch.split(args.micro_batch_size or len(minibatch)):
@@ -280,21 +289,23 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
                 terms = {"losses/policy_loss": policy_loss, "losses/entropy": entropy, "flow/std_mean": std}
                 terms |= {"losses/approx_kl": approx_kl, "losses/clipfrac": clipfrac}
                 terms |= {"losses/reference_kl": kl}
-                logs.append({name: term.mean().item() for name, term in terms.items()})
-                epoch_kl.append(logs[-1]["losses/approx_kl"])
+                logs.append((len(rows), {name: term.mean().item() for name, term in terms.items()}))
+                epoch_kl += approx_kl.detach().mean() * len(rows) / len(alive)
             groups = (group["params"] for group in optimizer.param_groups)
             grad_norm, *_ = [nn.utils.clip_grad_norm_(group, args.max_grad_norm) for group in groups]
             optimizer.step()
-        if args.target_kl is not None and np.mean(epoch_kl) > args.target_kl:
+        if args.target_kl is not None and epoch_kl > args.target_kl:
             break
-    metrics = {name: np.mean([log[name] for log in logs]) for name in terms}
+    count = sum(n for n, _ in logs)
+    metrics = {name: sum(n * log[name] for n, log in logs) / count for name in terms}
     return metrics | {"flow/grad_norm": grad_norm.item()}
 
 
 @torch.no_grad()
 def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
     """One episode from each fixed evaluation state, by the ODE: success, length, task (M,) and frames."""
-    generator = torch.Generator(agent.policy.device).manual_seed(seed)
+    device, c = agent.policy.device, agent.policy.config
+    generator = torch.Generator(device)
     states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
     results, frames = [], []
     for start in range(0, len(states), envs.num_envs):
@@ -307,7 +318,10 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
             rows = np.flatnonzero(alive)
             seen = select_rows(obs, rows)
             prefix = agent.policy.encode(agent.policy.preprocess(seen))
-            chain, _, _ = agent.act(prefix, generator, deterministic)
+            # A^0 depends on seed, state and step alone: policies are compared on the same noise
+            generator.manual_seed(1000 * seed + int(length[rows[0]]))
+            noise = torch.randn((len(states), c.horizon, c.action_dim), generator=generator, device=device)
+            chain, _, _ = agent.act(prefix, generator, deterministic, noise[start + rows])
             actions = np.zeros((envs.num_envs, agent.chunk_len, agent.action_dim), np.float32)
             actions[rows] = agent.policy.postprocess(chain[:, -1], seen)[:, : agent.chunk_len]
             obs, _, terminated, truncated, info = envs.step_chunk(actions)
@@ -321,21 +335,16 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
 
 def check(args: Args):
     """The user's mistakes, before anything is built or written."""
-    counts = ("num_threads", "num_envs", "num_steps", "chunk_len", "total_timesteps", "update_epochs")
-    counts += ("num_minibatches", "save_freq", "denoise_steps")
-    for count in counts:
-        if getattr(args, count) < 1:
-            fail(f"--{count.replace('_', '-')} must be at least 1")
+    check_ranges(args)
     batch_size, low, high = args.num_envs * args.num_steps, args.noise_std_min, args.noise_std_max
     odd = f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"
     for wrong, message in [
-        (args.sde_solver == "cps" and args.denoise_steps < 2, "--denoise-steps must be at least 2 (cps)"),
+        (args.sde_solver != "euler" and args.denoise_steps < 2, "--denoise-steps: at least 2 (cps, exp.)"),
+        (args.sde_solver == "cps" and args.noise_level > 1, "--noise-level must be at most 1 (cps)"),
         (args.noise_level <= 0, "--noise-level must be above 0: without noise there is nothing to explore"),
         (not 0 < low <= high, "--noise-std-min must be above 0 and at most --noise-std-max"),
         (batch_size % args.num_minibatches, odd),
-        (min(args.micro_batch_size, args.lr_warmup) < 0, "--micro-batch-size, --lr-warmup: at least 0"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
-        (args.group_size < 2, "--group-size must be at least 2"),
         (args.kl_coef and args.train != "expert", "--kl-coef is for a frozen VLM, --train expert"),
         (args.track and not find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
     ]:
@@ -444,6 +453,7 @@ def main(args: Args):
         solved = batch.terminated.any(dim=0).view(-1, args.group_size)  # (G, group_size)
         updated = now(policy.device)
         global_step += steps
+        metrics["flow/exploration"] = agent.exploration(seen[1][:64], torch.Generator(device).manual_seed(0))
 
         # -- logs, evaluation, checkpoint
         if episodes:

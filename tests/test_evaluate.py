@@ -12,6 +12,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate as script
+import flow_sde_ppo
 from envs import make_envs
 from evaluate import Args, main, markdown, play_expert, summarize, wilson
 from pi_models import TINY, Policy, load_policy, save_policy
@@ -87,7 +88,7 @@ def test_interval_known_values():
 class Expert:
     """An agent that acts like the scripted expert, or not at all where the drawer is on the right."""
 
-    chunk_len, action_dim, device = 1, 3, "cpu"
+    chunk_len, action_dim, device, config = 1, 3, "cpu", TINY
 
     def __init__(self, envs):
         self.envs, self.policy = envs, self
@@ -98,7 +99,7 @@ class Expert:
     def encode(self, obs):
         return obs
 
-    def act(self, obs, generator, deterministic):
+    def act(self, obs, generator, deterministic, noise):
         return torch.zeros(len(obs["prompt"]), 1), None, None
 
     def postprocess(self, x, obs):
@@ -248,6 +249,19 @@ def test_a_checkpoint_is_played_as_it_was_trained(few_states, checkpoint, monkey
         main(args)
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "denoise_steps is 'four'" in err
+
+
+def test_noise_belongs_to_a_state(monkeypatch):
+    """An episode by the ODE is the same in whatever company: among all states or in rounds of seven."""
+    monkeypatch.setattr(tabletop, "EVAL_STATES", 3)
+    policy = load_policy("checkpoints/tabletop-sft")
+    results = []
+    for num_envs, seed in ((30, 0), (7, 0), (30, 1)):
+        envs = make_envs("tabletop", num_envs, 0, partial_reset=False)
+        policy.fit_prompts(envs.prompts)
+        results.append(script.evaluate(script.Agent(policy, flow_sde_ppo.Args()), envs, seed=seed))
+    all_at_once, rounds, other = ([r[key].tolist() for key in ("success", "length", "task")] for r in results)
+    assert all_at_once == rounds != other and 0 < sum(rounds[0]) < 30
 
 
 def test_the_ode_needs_no_noise_head(few_states, checkpoint, monkeypatch, capsys):

@@ -311,6 +311,22 @@ def train(tmp_path, checkpoint, patch, solved, **changed):
     return rows, updates
 
 
+def test_scale_is_that_of_the_groups_that_are_learned_from():
+    """How long the others are, and how many, does not matter."""
+    rewards, alive = torch.zeros(8, 6), torch.ones(8, 6, dtype=torch.bool)
+    rewards[3, 0] = 1  # of the first group, one of three, after four chunks
+    alive[4:, 0] = False
+    few = compute_advantages(rewards[:, :3], alive[:, :3], 3)
+    for length in (1, 5, 8):
+        alive[length:, 3:] = False
+        many = compute_advantages(rewards, alive, 3)
+        assert torch.equal(many[:, :3], few) and (many[:, 3:] == 0).all()
+        alive[:, 3:] = True
+    assert (few[..., 0] * alive[:, :3]).sum(dim=0).square().mean() == pytest.approx(
+        ((4 + 8 + 8) / 3) ** 2, rel=1e-4
+    )
+
+
 def test_run(tmp_path, checkpoint, monkeypatch):
     """One group is solved by all, one by none, one by one of three: only the third is learned from."""
     rows, updates = train(tmp_path, checkpoint, monkeypatch, [0, 1, 2, 7], total_timesteps=229)
@@ -321,7 +337,9 @@ def test_run(tmp_path, checkpoint, monkeypatch):
         assert row["flow/grad_norm"] > 0 == row["losses/reference_kl"] and agent.reference is None
         chunks = [8 if n in (6, 8) else 2 if n == 7 else 0 for n in range(9)]
         assert batch.alive.sum(dim=0).tolist() == chunks
-        sums = (batch.advantages[..., 0] * batch.alive).sum(dim=0) / ((4 * 2 + 5 * 8) / 9)
+        sums = (batch.advantages[..., 0] * batch.alive).sum(dim=0) / (
+            (8 + 2 + 8) / 3
+        )  # of whom is learned from
         truth = torch.tensor([0.0] * 6 + [-(0.5**0.5), 2**0.5, -(0.5**0.5)])
         assert torch.allclose(sums, truth, atol=1e-4)
         states = batch.inputs["state"][0].view(3, 3, -1)

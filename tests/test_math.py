@@ -56,6 +56,21 @@ def cps(
     return step
 
 
+def exponential(
+    fall=lambda t, end: t * (1 - end) / (end * (1 - t)),
+    first=lambda delta: (1 - delta) ** (1 / delta),
+    power=lambda a: a**2 / 2,
+):
+    def step(x, velocity, tau, delta, noise_level, solver="exponential"):
+        t = tau[:, None, None].double()
+        left = (1 - t - delta).clamp(min=1e-7)
+        r = torch.where(t > 0, fall(t, 1 - left), first(delta)) ** power(noise_level)
+        mu = (t + delta) * (x + (1 - t) * velocity) + left * r * (x - t * velocity)
+        return mu.to(x.dtype), (left * torch.sqrt(1 - r**2)).to(x.dtype)
+
+    return step
+
+
 def density(
     rows=lambda terms, chunk_len, dims: terms[:, :chunk_len, :dims],
     reduce=lambda terms: terms.sum(dim=(1, 2)),
@@ -193,6 +208,28 @@ def check_cps_bias(step):
     assert_order(errors, order=1, bound=1e-3)
 
 
+def check_exponential(step):
+    """tau' A_hat + c e_hat with c = (1 - tau') q^(a^2 / 2) in fp64: in fp32, at every K, a and step."""
+    x, velocity = torch.randn((2, 16, 5, 4), generator=torch.Generator().manual_seed(0))
+    for K in (2, 3, 4, 7, 10, 25, 40):
+        for a in (0.3, 0.5, 0.7, 1.0, 1.4):
+            for k in range(K):
+                tau, end, X, V = k / K, (k + 1) / K, x.double(), velocity.double()
+                q = tau * (1 - end) / (end * (1 - tau)) if k else (1 - 1 / K) ** K
+                r = q ** (a**2 / 2)
+                truth = end * (X + (1 - tau) * V) + (1 - end) * r * (X - tau * V)
+                mu, std = step(x, velocity, torch.full((16,), tau), 1 / K, a, "exponential")
+                assert ((mu - truth).abs() < 1e-6 * truth.abs().clamp(min=1)).all(), (K, a, k)
+                assert std.dtype == torch.float32 and (std > 0).all()
+                assert (std - (1 - end) * math.sqrt(1 - r**2)).abs().max() < 1e-6, (K, a, k)
+
+
+def check_exponential_converges(step):
+    """All steps noisy, a fixed noise level: the variance of the end converges to the flow's with order 1."""
+    variances = [moments(step, K, 0.8, "exponential", first=K // 4)[1][-1] for K in (64, 128, 256)]
+    assert_order([variance / STD**2 - 1 for variance in variances], order=1, bound=0.03)
+
+
 def check_mixture(step, solver="euler", hybrid=False):
     """Samples of a 2-D Gaussian mixture, where the velocity is not linear."""
     x = sample(step, 20, 0.5, solver, hybrid, n=20_000)
@@ -319,6 +356,13 @@ WRONG_SCORE = {
     "wrong sign": lambda x, velocity, tau: (x - tau * velocity) / (1 - tau),
 }
 at_zero_alike = "score without 1 / (1 - tau)", "x in place of the noise"
+WRONG_EXPONENTIAL = {
+    "Flow-CPS's": lambda *a: cps()(*a[:5]),
+    "a^2 in place of a^2 / 2": exponential(power=lambda a: a**2),
+    "noise / action upside down": exponential(fall=lambda t, end: (1 - t) * end / ((1 - end) * t)),
+    "of the noise alone": exponential(fall=lambda t, end: (1 - end) / (1 - t)),
+    "no limit at tau = 0": exponential(first=lambda delta: 0.0),
+}
 CAUGHT = {
     check_sde: WRONG_DRIFT | WRONG_SPREAD,
     check_sde_from_noise: WRONG_DRIFT | WRONG_SPREAD | WRONG_SIGMA,
@@ -332,6 +376,8 @@ CAUGHT = {
     check_cps_sde_limit: WRONG_CPS,
     check_cps_bias: without(WRONG_CPS, "action in the proportion of tau", "sine and cosine swapped"),
     check_cps_stds: without(WRONG_CPS, *list(WRONG_CPS)[:3]),
+    check_exponential: WRONG_EXPONENTIAL,
+    check_exponential_converges: {"Flow-CPS's": WRONG_EXPONENTIAL["Flow-CPS's"]},
     check_score: WRONG_SCORE,
     check_log_prob: WRONG_REDUCTION | WRONG_TERM,
     check_padding: without(WRONG_REDUCTION, "the mean", "over steps, then the mean"),
@@ -352,6 +398,7 @@ def test_real_in_other_modes():
     check_noiseless(transition, "cps")
     check_rows(transition, "cps")
     check_mixture(transition, "cps")
+    check_mixture(transition, "exponential")
     check_mixture(transition, "euler", hybrid=True)
     check_mixture(transition, "cps", hybrid=True)
 
@@ -367,6 +414,8 @@ def test_mutants_are_right_before_they_are_broken():
         check(sde())
     for check in (check_cps_proportions, check_cps_sde_limit, check_cps_bias, check_cps_stds):
         check(cps())
+    for check in (check_exponential, check_exponential_converges):
+        check(exponential())
     for check in (check_log_prob, check_padding):
         check(density())
 

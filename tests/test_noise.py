@@ -54,18 +54,17 @@ def gaussian(policy, prefix, x, k, K, noise="learned"):
 
 
 def rated(policy, prefix, chain, noise="learned", reduction="sum"):
-    """Log-probability (Eq. 5) and entropy (B, 1), and std (B * K, H, D) of chains, one step at a time."""
+    """Log-probability (Eq. 5) and entropy per number (B, 1), and std (B * K, H, D), one step at a time."""
     K, entropy, stds = chain.shape[1] - 1, [], []
     logprob = [Independent(Normal(torch.zeros(3, 3), torch.ones(3, 3)), 2).log_prob(chain[:, 0][USED])]  # A^0
     for k in range(K):
         mu, std = gaussian(policy, prefix, chain[:, k], k, K, noise)
         step = Independent(Normal(mu[USED], std[USED]), 2)
         logprob.append(step.log_prob(chain[:, k + 1][USED]))
-        entropy.append(step.entropy())
+        entropy.append(step.entropy() / (3 * 3 * K))
         stds.append(std)
-    shares = (K + 1, K) if reduction == "mean" else (1, 1)
-    logprob, entropy = (sum(terms)[:, None] / n for terms, n in zip((logprob, entropy), shares))
-    return logprob, entropy, torch.stack(stds, dim=1).flatten(0, 1)
+    logprob, entropy = sum(logprob)[:, None], sum(entropy)[:, None]
+    return logprob / (K + 1 if reduction == "mean" else 1), entropy, torch.stack(stds, dim=1).flatten(0, 1)
 
 
 def gradient(value, agent):
@@ -171,7 +170,7 @@ def check_learned_noise_of_flow_sde():
             assert torch.allclose(stds.view(16, -1, 5, 4)[row, s], std[row], rtol=1e-12)
             for value in (logprob, again):
                 assert torch.allclose(value[row, s], step.log_prob(chain[row, k + 1][USED]), rtol=1e-11)
-            assert torch.allclose(entropy[row, s], step.entropy(), rtol=1e-12)
+            assert torch.allclose(entropy[row, s], step.entropy() / 9, rtol=1e-12)
             still = (denoise_idx != k).all(dim=1)
             assert 0.7 < z[row].std() < 1.3 and (z[still].abs() < 1e-12).all()
 

@@ -157,7 +157,7 @@ def make_agent(critic="vlm", **changed):
 
 def modes():
     for mdp in ("hybrid", "two-layer"):
-        for solver in ("euler", "cps"):
+        for solver in ("euler", "cps", "exponential"):
             for K in (3, 4):
                 yield dict(mdp=mdp, sde_solver=solver, denoise_steps=K, noise_level=0.7)
 
@@ -195,7 +195,7 @@ def check_chain():
         agent, K = make_agent(**mode), mode["denoise_steps"]
         prefix = encode(agent.policy, 12)
         chain, denoise_idx, logprob = agent.act(prefix, seeded())
-        S = 1 if mode["mdp"] == "hybrid" else K - (mode["sde_solver"] == "cps")
+        S = 1 if mode["mdp"] == "hybrid" else K - (mode["sde_solver"] != "euler")
         assert chain.shape == (12, K + 1, 5, 4) and denoise_idx.shape == logprob.shape == (12, S)
         for k, velocity in enumerate(velocities(agent, prefix, chain, K)):
             ode = (chain[:, k + 1] == chain[:, k] + velocity * (1 / K)).all(dim=(1, 2))
@@ -212,9 +212,16 @@ def still(**changed):
 
 
 def check_draws():
-    """Drawn for every environment, evenly over the steps that have noise (chi-square, 0.1 %)."""
-    for solver, steps, bound in (("euler", 4, 16.3), ("cps", 3, 13.8)):
-        agent, nothing = still(denoise_steps=4, sde_solver=solver, noise_level=0.5)
+    """Drawn for every environment, evenly over the steps that may decide (chi-square, 0.1 %)."""
+    for solver, last, K, steps, bound in (
+        ("euler", True, 4, 4, 16.3),
+        ("euler", False, 4, 3, 13.8),
+        ("cps", True, 4, 3, 13.8),
+        ("exponential", True, 4, 3, 13.8),
+        ("euler", False, 3, 2, 10.8),
+    ):
+        changed = dict(denoise_steps=K, sde_solver=solver, draw_last_step=last)
+        agent, nothing = still(noise_level=0.5, **changed)
         generator = seeded()
         first, second = (agent.act(nothing, generator)[1][:, 0] for _ in range(2))
         for drawn in (first, second):
@@ -256,7 +263,7 @@ def check_ratio():
 
 
 def check_log_prob():
-    """log-probability and entropy of torch.distributions, over executed steps and real dimensions."""
+    """log-probability, and entropy per number, of torch.distributions, without padding."""
     for mode in modes():
         agent, K = make_agent(**mode), mode["denoise_steps"]
         prefix = encode(agent.policy, 12)
@@ -270,7 +277,7 @@ def check_log_prob():
                 step = Independent(Normal(mu[0, :3, :3], std[0].expand(3, 3)), 2)
                 truth = step.log_prob(chain[n, k + 1, :3, :3]).item()
                 assert logprob[n, s].item() == pytest.approx(truth, abs=1e-4)
-                entropies.append(step.entropy().item())
+                entropies.append(step.entropy().item() / 9)
         entropy = agent.evaluate_actions(prefix, chain, denoise_idx)[1].mean().item()
         assert entropy == pytest.approx(sum(entropies) / len(entropies), abs=1e-4)
 
@@ -364,6 +371,35 @@ def test_broken_agent_is_caught(broken, check, monkeypatch):
     AGENT[broken][0](monkeypatch)
     with pytest.raises(AssertionError):
         check()
+
+
+def test_a_single_step_decides():
+    """With K = 1 there is no other step than the last: it is the decision, whatever is said of the last."""
+    for last in (True, False):
+        agent, nothing = still(denoise_steps=1, draw_last_step=last)
+        chain, denoise_idx, logprob = agent.act(nothing, seeded())
+        assert (denoise_idx == 0).all() and logprob.isfinite().all()
+        assert (chain[:, 1] - chain[:, 0] * 0.5).std() == pytest.approx(
+            1, abs=0.05
+        )  # Eq. 9: std a, mean x / 2
+
+
+def test_all_steps_of_the_two_layer_mdp_decide():
+    for solver, steps in (("euler", 4), ("cps", 3), ("exponential", 3)):
+        agent, nothing = still(mdp="two-layer", sde_solver=solver, noise_level=0.5, draw_last_step=False)
+        chain, denoise_idx, logprob = agent.act(nothing, seeded())
+        assert denoise_idx[0].tolist() == list(range(steps)) and logprob.isfinite().all()
+
+
+def test_exploration():
+    """Where the velocity is zero a chunk is linear in the noise of its steps: the spread in closed form."""
+    for solver, a in (("euler", 0.5), ("cps", 0.7), ("exponential", 1.0)):
+        agent, nothing = still(mdp="two-layer", sde_solver=solver, noise_level=a)
+        variance, one = 0.0, torch.ones(1, 1, 1)
+        for k in range(agent.noisy_steps):
+            slope, std = transition(one, 0 * one, torch.tensor([k / 4]), 0.25, a, solver)
+            variance = slope.item() ** 2 * variance + std.item() ** 2
+        assert agent.exploration(nothing, seeded()) == pytest.approx(variance**0.5, rel=0.02)
 
 
 def test_act_is_seeded():
@@ -659,6 +695,36 @@ def test_what_moves():
             parts = {key.split(".")[0] for key in moved(agent, before)}
             vlm = {"vision_tower", "multi_modal_projector", "language_model"}
             assert parts == ({key.split(".")[0] for key in before} - vlm if train_actor else {"value_head"})
+
+
+def test_warm_up_leaves_no_trace_in_the_actor():
+    """Its moments stay empty while only the critic is trained: its first step is a new optimiser's."""
+    agent = make_agent()
+    batch = rollout(agent)
+    _, optimizer = run_update(agent, batch, rate=1e-3, kind=torch.optim.AdamW, train_actor=False)
+    actor = {id(p) for p in agent.policy.actor_parameters()}
+    assert optimizer.state and not any(id(p) in actor for p in optimizer.state)
+
+
+def test_metrics_are_means_over_chunks():
+    """Whatever the sizes of minibatches and micro-batches: 20 live chunks in parts of about 7, or of 7."""
+    agents = [make_agent() for _ in range(3)]
+    batch = rollout(agents[0])
+    whole = run_update(agents[0], batch, rate=0.0)[0]
+    for agent, parts in zip(agents[1:], ({"num_minibatches": 3}, {"micro_batch_size": 7})):
+        metrics = run_update(agent, batch, rate=0.0, **parts)[0]
+        for name in ("losses/value_loss", "losses/entropy", "flow/std_mean", "losses/policy_loss"):
+            assert metrics[name] == pytest.approx(whole[name], abs=1e-5), name
+
+
+def test_equal_returns_are_explained_by_nothing():
+    agent = make_agent()
+    batch = rollout(agent)
+    batch.returns[:] = 0.5
+    batch.value[:] = 0.25
+    assert run_update(agent, batch)[0]["losses/explained_variance"] == 1  # a constant error varies as little
+    batch.value = torch.randn(batch.value.shape)
+    assert -math.inf < run_update(agent, batch)[0]["losses/explained_variance"] < 0
 
 
 def test_critic_learns():

@@ -345,7 +345,7 @@ def test_flags_are_alike():
     for a, b in ((sde, noise), (sde, grpo), (noise, grpo)):
         assert {k: a[k] for k in a.keys() & b.keys()} == {k: b[k] for k in a.keys() & b.keys()}
     assert noise.keys() - sde.keys() == {"logprob_reduction", "ent_coef"}
-    assert sde.keys() - noise.keys() == {"sde_solver", "mdp"}
+    assert sde.keys() - noise.keys() == {"sde_solver", "draw_last_step", "mdp"}
     assert grpo.keys() - sde.keys() == {"group_size", "kl_coef"}
     critic = {"critic", "critic_layers", "critic_learning_rate", "critic_warmup", "clip_vloss"}
     assert sde.keys() - grpo.keys() == critic | {"gamma", "gae_lambda", "partial_reset"}
@@ -372,7 +372,7 @@ def test_budgets():
     lines = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in ROOT.glob("[!.]*/*.py")}
     lines = {name: n for name, n in lines.items() if name.startswith("simulators")}
     lines |= {p.name: len(p.read_text().splitlines()) for p in [*ROOT.glob("*.py"), ROOT / "README.md"]}
-    budgets = {"pi_models.py": 750, "envs.py": 350, "flow_sft.py": 350, "evaluate.py": 350, "flags.py": 100}
+    budgets = {"pi_models.py": 750, "envs.py": 350, "flow_sft.py": 350, "evaluate.py": 350, "flags.py": 150}
     budgets |= {Path(script.__file__).name: 540 for script in THREE} | {"README.md": 260}
     budgets |= {name: 350 for name in lines if name.startswith("simulators")}
     assert lines.keys() == budgets.keys()
