@@ -209,9 +209,12 @@ def compute_advantages(rewards, alive, group_size, eps=1e-6):
     returns = rewards.sum(dim=0).view(-1, group_size)  # (G, group_size): R^(j)
     advantages = returns - returns.mean(dim=1, keepdim=True)
     advantages = advantages / (returns.std(dim=1, correction=0, keepdim=True) + eps)  # Eq. 17
-    advantages[(returns == returns[:, :1]).all(dim=1)] = 0  # nothing to compare, whatever the rounding says
+    masked = (returns == returns[:, :1]).all(dim=1)  # nothing to compare, whatever the rounding says
+    advantages[masked] = 0
     chunks = alive.sum(dim=0).float()  # (N,): an episode's advantage is shared among so many
-    return (advantages.flatten() * chunks.mean() / chunks).expand_as(rewards)[..., None]  # (T, N, 1)
+    compared = ~masked.repeat_interleave(group_size)  # (N,): whose chunks the loss is a mean over
+    mean = chunks[compared].mean() if compared.any() else 1
+    return (advantages.flatten() * mean / chunks).expand_as(rewards)[..., None]  # (T, N, 1)
 
 
 def update(agent, optimizer, batch, args, generator):
@@ -221,9 +224,9 @@ def update(agent, optimizer, batch, args, generator):
     inputs = {name: field.flatten(0, 1) for name, field in batch.inputs.items()}
     alive = batch.alive.flatten().nonzero().squeeze(1)
     clip, logs = args.clip_coef, []
-    for _ in range(args.update_epochs):
+    for epoch in range(args.update_epochs):
         order = alive[torch.randperm(len(alive), generator=generator, device=alive.device)]
-        epoch_kl = []
+        epoch_kl = 0.0
         for minibatch in order.tensor_split(min(args.num_minibatches, len(order))):
             optimizer.zero_grad()
             for rows in minibatch.split(args.micro_batch_size or len(minibatch)):
@@ -245,14 +248,15 @@ def update(agent, optimizer, batch, args, generator):
                 terms = {"losses/policy_loss": policy_loss, "losses/entropy": entropy, "flow/std_mean": std}
                 terms |= {"losses/approx_kl": approx_kl, "losses/clipfrac": clipfrac}
                 terms |= {"losses/reference_kl": kl}
-                logs.append({name: term.mean().item() for name, term in terms.items()})
-                epoch_kl.append(logs[-1]["losses/approx_kl"])
+                share = len(rows) / len(alive)  # of an epoch: its logs add up to the mean over its chunks
+                logs.append({name: term.mean().item() * share for name, term in terms.items()})
+                epoch_kl += logs[-1]["losses/approx_kl"]
             groups = (group["params"] for group in optimizer.param_groups)
             grad_norm, *_ = [nn.utils.clip_grad_norm_(group, args.max_grad_norm) for group in groups]
             optimizer.step()
-        if args.target_kl is not None and np.mean(epoch_kl) > args.target_kl:
+        metrics = {name: sum(log[name] for log in logs) / (epoch + 1) for name in terms}
+        if args.target_kl is not None and epoch_kl > args.target_kl:
             break
-    metrics = {name: np.mean([log[name] for log in logs]) for name in terms}
     return metrics | {"flow/grad_norm": grad_norm.item()}
 
 

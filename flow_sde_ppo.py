@@ -248,16 +248,18 @@ def update(agent, optimizer, batch, args, generator):
     inputs = {name: field.flatten(0, 1) for name, field in batch.inputs.items()}
     alive = batch.alive.flatten().nonzero().squeeze(1)
     advantages = (advantages - advantages[alive].mean()) / (advantages[alive].std(correction=0) + 1e-8)
+    train_actor = optimizer.param_groups[0]["lr"] > 0  # not while the critic warms up
     clip, logs = args.clip_coef, []
-    for _ in range(args.update_epochs):
+    for epoch in range(args.update_epochs):
         order = alive[torch.randperm(len(alive), generator=generator, device=alive.device)]
-        epoch_kl = []
+        epoch_kl = 0.0
         for minibatch in order.tensor_split(min(args.num_minibatches, len(order))):
             optimizer.zero_grad()
             for rows in minibatch.split(args.micro_batch_size or len(minibatch)):
                 seen = agent.policy.encode({name: field[rows] for name, field in inputs.items()})
                 advantage = advantages[rows]
-                logprob, entropy, std = agent.evaluate_actions(seen, chain[rows], denoise_idx[rows])
+                with torch.set_grad_enabled(train_actor):
+                    logprob, entropy, std = agent.evaluate_actions(seen, chain[rows], denoise_idx[rows])
                 logratio = logprob - old_logprob[rows]
                 ratio = logratio.exp()  # Eq. 15, (B, S)
                 clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -274,15 +276,17 @@ def update(agent, optimizer, batch, args, generator):
                 terms = {"losses/policy_loss": policy_loss, "losses/entropy": entropy, "flow/std_mean": std}
                 terms |= {"losses/approx_kl": approx_kl, "losses/clipfrac": clipfrac}
                 terms |= {"losses/value_loss": 0.5 * value_loss}
-                logs.append({name: term.mean().item() for name, term in terms.items()})
-                epoch_kl.append(logs[-1]["losses/approx_kl"])
+                share = len(rows) / len(alive)  # of an epoch: its logs add up to the mean over its chunks
+                logs.append({name: term.mean().item() * share for name, term in terms.items()})
+                epoch_kl += logs[-1]["losses/approx_kl"]
             groups = (group["params"] for group in optimizer.param_groups)
             grad_norm, *_ = [nn.utils.clip_grad_norm_(group, args.max_grad_norm) for group in groups]
             optimizer.step()
-        if args.target_kl is not None and np.mean(epoch_kl) > args.target_kl:
+        metrics = {name: sum(log[name] for log in logs) / (epoch + 1) for name in terms}
+        if args.target_kl is not None and epoch_kl > args.target_kl:
             break
-    metrics = {name: np.mean([log[name] for log in logs]) for name in terms}
-    explained = 1 - (returns - old_value)[alive].var(correction=0) / returns[alive].var(correction=0)
+    spread = returns[alive].var(correction=0).clamp(min=1e-8)  # all returns may be equal
+    explained = 1 - (returns - old_value)[alive].var(correction=0) / spread
     return metrics | {"flow/grad_norm": grad_norm.item(), "losses/explained_variance": explained.item()}
 
 
