@@ -63,8 +63,10 @@ class Args:
     """the SDE's, or that of the checkpoint's noise head (this one and the next three are for --stochastic)"""
     noise_level: float = flow_sde_ppo.Args.noise_level
     """a, the scale of the SDE's noise"""
-    sde_solver: Literal["euler", "cps"] = flow_sde_ppo.Args.sde_solver
-    """Euler-Maruyama (Eq. 9) or Flow-CPS"""
+    sde_solver: Literal["euler", "cps", "exponential"] = flow_sde_ppo.Args.sde_solver
+    """of the SDE's step"""
+    draw_last_step: bool = flow_sde_ppo.Args.draw_last_step
+    """hybrid: the random step may be the last"""
     mdp: Literal["hybrid", "two-layer"] = flow_sde_ppo.Args.mdp
     """noise in one random denoise step of a chunk, or in every one"""
 
@@ -174,7 +176,7 @@ def draw_video(rows, prompts):
 def main(args):
     # -- the user's mistakes
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    gif, smallest_k = args.capture_video, 2 if args.sde_solver == "cps" else 1
+    gif, smallest_k = args.capture_video, 1 if args.sde_solver == "euler" else 2
     for wrong, message in [
         (not args.checkpoints or not args.seeds, "--checkpoints and --seeds need at least one value"),
         (len(args.labels) not in (0, len(args.checkpoints)), "--labels: give one per checkpoint"),

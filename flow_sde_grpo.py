@@ -172,13 +172,14 @@ class Agent:
         return velocity, *transition(x, velocity, tau, self.delta, self.noise_level, self.solver)
 
     @torch.no_grad()
-    def act(self, prefix, generator, deterministic=False):
-        """Denoise from A^0 ~ N(0, I): chain (B, K+1, H, D), its random steps, log-prob of the decisions."""
+    def act(self, prefix, generator, deterministic=False, x=None):
+        """Denoise from A^0 ~ N(0, I) or x: chain (B, K+1, H, D), its random steps, their log-prob."""
         B, device, c = len(prefix.mask), prefix.mask.device, self.policy.config
         denoise_idx = torch.arange(self.noisy_steps, device=device).expand(B, -1)  # every step
         if self.hybrid:  # one step, drawn for each environment and chunk
             denoise_idx = torch.randint(self.noisy_steps, (B, 1), generator=generator, device=device)
-        x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device)  # A^0 (B, H, D)
+        if x is None:
+            x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device)  # A^0 (B, H, D)
         chain, logprobs = [x], []
         for k in range(self.K):
             tau = torch.full((B,), k / self.K, device=device)
@@ -263,25 +264,30 @@ def update(agent, optimizer, batch, args, generator):
 @torch.no_grad()
 def evaluate(agent, envs, deterministic=True, seed=0, record=0):
     """One episode from each fixed evaluation state, by the ODE: success, length, task (M,) and frames."""
-    generator = torch.Generator(agent.policy.device).manual_seed(seed)
+    device, c = agent.policy.device, agent.policy.config
+    generator = torch.Generator(device)
     states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
     results, frames = [], []
     for start in range(0, len(states), envs.num_envs):
         chosen = states[start : start + envs.num_envs]
         obs, _ = envs.reset(options={"eval_states": np.resize(chosen, envs.num_envs)})
         alive = np.arange(envs.num_envs) < len(chosen)  # the last round may have environments to spare
-        success, length = np.zeros((2, envs.num_envs), int)
+        success, length, chunk = *np.zeros((2, envs.num_envs), int), 0
         envs.record = record if start == 0 else 0
         while alive.any():
             rows = np.flatnonzero(alive)
             seen = select_rows(obs, rows)
             prefix = agent.policy.encode(agent.policy.preprocess(seen))
-            chain, _, _ = agent.act(prefix, generator, deterministic)
+            # A^0 depends on seed, state and chunk only: policies are compared on the same noise
+            generator.manual_seed(1000 * seed + chunk)
+            noise = torch.randn((len(states), c.horizon, c.action_dim), generator=generator, device=device)
+            chain, _, _ = agent.act(prefix, generator, deterministic, noise[start + rows])
             actions = np.zeros((envs.num_envs, agent.chunk_len, agent.action_dim), np.float32)
             actions[rows] = agent.policy.postprocess(chain[:, -1], seen)[:, : agent.chunk_len]
             obs, _, terminated, truncated, info = envs.step_chunk(actions)
             success[rows], length[rows] = info["success"][rows], info["episode_length"][rows]
             alive &= ~(terminated | truncated)
+            chunk += 1
             frames += info.get("frames", [])
         results.append(np.stack([success, length, info["task"]])[:, : len(chosen)])
     success, length, task = np.concatenate(results, axis=1)  # (M,) each

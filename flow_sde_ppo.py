@@ -92,7 +92,8 @@ class Args:
     noise_level: float = 1.0  # a, the scale of the SDE's noise (Eq. 9)
     noise_std_min: float = 0.2  # least standard deviation of the learned noise
     noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
-    sde_solver: Literal["euler", "cps"] = "euler"  # Euler-Maruyama (Eq. 9) or Flow-CPS
+    sde_solver: Literal["euler", "cps", "exponential"] = "euler"  # of the SDE's step, see `transition`
+    draw_last_step: bool = False  # hybrid: draw from all K steps, as the paper; else never the last
     mdp: Literal["hybrid", "two-layer"] = "hybrid"  # one random denoise step decides (4.2.3), or all
 
 
@@ -134,23 +135,26 @@ def defaults(args):
 
 
 def transition(x, velocity, tau, delta, noise_level, solver="euler"):
-    """Eq. 9 in the right clock: the Gaussian A^{tau+delta} | A^tau of an SDE with the ODE's marginals.
+    """The Gaussian A^{tau+delta} | A^tau of an SDE with the ODE's marginals; tau = 0 is noise, 1 the action.
 
-    tau = 0 is noise and tau = 1 is the action. The noise pushes x off the flow and the score pulls it back;
-    with noise_level 0 this is the ODE's step x + velocity * delta.
+    x consists of action and noise. A step puts the action in the proportion of tau + delta, keeps some of the
+    noise and adds new noise; the ODE keeps the proportion 1 - tau - delta and adds none.
     """
     tau = tau[:, None, None]  # (B, 1, 1)
-    noise_hat = x - tau * velocity  # the noise that x seems to come from: score = -noise_hat / (1 - tau)
-    # Euler-Maruyama. At tau = 0 sigma would be infinite: there the denominator is delta
-    sigma = noise_level * torch.sqrt((1 - tau) / tau.clamp(min=delta))
-    mu = x + (velocity - sigma**2 / (2 * (1 - tau)) * noise_hat) * delta  # Eq. 9
-    std = sigma * math.sqrt(delta)
-    if solver == "cps":
-        # Flow-CPS: action and noise in the proportions of tau + delta, but part of the noise is new
-        action_hat, angle = x + (1 - tau) * velocity, noise_level * math.pi / 2
-        mu = (tau + delta) * action_hat + (1 - tau - delta) * math.cos(angle) * noise_hat
-        std = (1 - tau - delta) * math.sin(angle)
-    return mu, std  # (B, H, D), (B, 1, 1)
+    action_hat, noise_hat = x + (1 - tau) * velocity, x - tau * velocity  # score = -noise_hat / (1 - tau)
+    left = (1 - tau - delta).clamp(min=0)  # noise in A^{tau+delta}: none after the last step
+    if solver == "euler":  # Eq. 9 in the right clock. At tau = 0, sigma's denominator is delta instead
+        sigma = noise_level * torch.sqrt((1 - tau) / tau.clamp(min=delta))
+        keep, std = left - sigma**2 * delta / (2 * (1 - tau)), sigma * math.sqrt(delta)
+    else:  # a part `old` of the noise is kept and a part `new` is drawn, old^2 + new^2 = 1
+        if solver == "cps":  # Flow-CPS: the same parts in every step
+            old, new = math.cos(noise_level * math.pi / 2), math.sin(noise_level * math.pi / 2)
+        else:  # Eq. 9's SDE, solved exactly for this action_hat: old = (fall of noise / action)^(a^2 / 2)
+            fall = torch.log(left / (1 - tau))  # at tau = 0 a denominator is delta again
+            fall = torch.where(tau > 0, fall + torch.log(tau / (tau + delta)), fall / delta)
+            old, new = torch.exp(noise_level**2 / 2 * fall), torch.sqrt(-torch.expm1(noise_level**2 * fall))
+        keep, std = left * old, left * new
+    return (tau + delta) * action_hat + keep * noise_hat, std  # (B, H, D), (B, 1, 1)
 
 
 def log_prob(x_next, mu, std, chunk_len, action_dim):
@@ -166,7 +170,10 @@ class Agent:
         self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
         self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.solver, self.hybrid = args.noise_level, args.sde_solver, args.mdp == "hybrid"
-        self.noisy_steps = self.K - (self.solver == "cps" and self.noise == "sde")  # the last of CPS has none
+        last_is_noisy = self.solver == "euler" or self.noise == "learned"
+        if self.hybrid:
+            last_is_noisy &= args.draw_last_step or self.K == 1
+        self.noisy_steps = self.K if last_is_noisy else self.K - 1
         self.num_stochastic = self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
 
     def step(self, prefix, x, tau):
@@ -177,13 +184,14 @@ class Agent:
         return velocity, *transition(x, velocity, tau, self.delta, self.noise_level, self.solver)
 
     @torch.no_grad()
-    def act(self, prefix, generator, deterministic=False):
-        """Denoise from A^0 ~ N(0, I): chain (B, K+1, H, D), its random steps, log-prob of the decisions."""
+    def act(self, prefix, generator, deterministic=False, x=None):
+        """Denoise from A^0 ~ N(0, I) or x: chain (B, K+1, H, D), its random steps, their log-prob."""
         B, device, c = len(prefix.mask), prefix.mask.device, self.policy.config
         denoise_idx = torch.arange(self.noisy_steps, device=device).expand(B, -1)  # every step
         if self.hybrid:  # one step, drawn for each environment and chunk
             denoise_idx = torch.randint(self.noisy_steps, (B, 1), generator=generator, device=device)
-        x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device)  # A^0 (B, H, D)
+        if x is None:
+            x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device)  # A^0 (B, H, D)
         chain, logprobs = [x], []
         for k in range(self.K):
             tau = torch.full((B,), k / self.K, device=device)
@@ -293,25 +301,30 @@ def update(agent, optimizer, batch, args, generator):
 @torch.no_grad()
 def evaluate(agent, envs, deterministic=True, seed=0, record=0):
     """One episode from each fixed evaluation state, by the ODE: success, length, task (M,) and frames."""
-    generator = torch.Generator(agent.policy.device).manual_seed(seed)
+    device, c = agent.policy.device, agent.policy.config
+    generator = torch.Generator(device)
     states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
     results, frames = [], []
     for start in range(0, len(states), envs.num_envs):
         chosen = states[start : start + envs.num_envs]
         obs, _ = envs.reset(options={"eval_states": np.resize(chosen, envs.num_envs)})
         alive = np.arange(envs.num_envs) < len(chosen)  # the last round may have environments to spare
-        success, length = np.zeros((2, envs.num_envs), int)
+        success, length, chunk = *np.zeros((2, envs.num_envs), int), 0
         envs.record = record if start == 0 else 0
         while alive.any():
             rows = np.flatnonzero(alive)
             seen = select_rows(obs, rows)
             prefix = agent.policy.encode(agent.policy.preprocess(seen))
-            chain, _, _ = agent.act(prefix, generator, deterministic)
+            # A^0 depends on seed, state and chunk only: policies are compared on the same noise
+            generator.manual_seed(1000 * seed + chunk)
+            noise = torch.randn((len(states), c.horizon, c.action_dim), generator=generator, device=device)
+            chain, _, _ = agent.act(prefix, generator, deterministic, noise[start + rows])
             actions = np.zeros((envs.num_envs, agent.chunk_len, agent.action_dim), np.float32)
             actions[rows] = agent.policy.postprocess(chain[:, -1], seen)[:, : agent.chunk_len]
             obs, _, terminated, truncated, info = envs.step_chunk(actions)
             success[rows], length[rows] = info["success"][rows], info["episode_length"][rows]
             alive &= ~(terminated | truncated)
+            chunk += 1
             frames += info.get("frames", [])
         results.append(np.stack([success, length, info["task"]])[:, : len(chosen)])
     success, length, task = np.concatenate(results, axis=1)  # (M,) each
@@ -326,7 +339,9 @@ def main(args):
             fail(f"--{count.replace('_', '-')} must be at least 1")
     batch_size, low, high = args.num_envs * args.num_steps, args.noise_std_min, args.noise_std_max
     for wrong, message in [
-        (args.sde_solver == "cps" and args.denoise_steps < 2, "--denoise-steps must be at least 2 (cps)"),
+        (args.sde_solver != "euler" and args.denoise_steps < 2,
+         f"--denoise-steps must be at least 2 ({args.sde_solver}: the last step has no noise)"),
+        (args.sde_solver == "cps" and args.noise_level > 1, "--noise-level must be at most 1 (cps)"),
         (args.noise_level <= 0, "--noise-level must be above 0: without noise there is nothing to explore"),
         (not 0 < low <= high, "--noise-std-min must be above 0 and at most --noise-std-max"),
         (batch_size % args.num_minibatches,
