@@ -93,7 +93,7 @@ class Args:
     noise_std_min: float = 0.2  # least standard deviation of the learned noise
     noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
     logprob_reduction: Literal["sum", "mean"] = "sum"  # of a chunk's K + 1: Eq. 5, or the authors' code
-    ent_coef: float = 0.005  # weight of the entropy bonus
+    ent_coef: float = 0.3  # weight of the entropy bonus, which is the mean over all numbers of a chain
 
 
 # The paper's Tables 7 and 8 (MetaWorld: the authors' published configuration): what --env-id, which begins
@@ -129,7 +129,7 @@ def defaults(args):
     row["checkpoint"] = f"RLinf/RLinf-{args.model.capitalize()}-{row['checkpoint']}-SFT"
     row["total_timesteps"] = row.pop("iterations") * row["num_envs"] * row["num_steps"] * row["chunk_len"]
     row |= dict(zip(("noise_std_min", "noise_std_max"), (0.08, 0.16) if args.model == "pi0" else (0.04, 0.1)))
-    row["critic"] = "expert" if args.model == "pi0" else "vlm"
+    row |= {"critic": "expert" if args.model == "pi0" else "vlm", "ent_coef": 0.005}
     return Args(**{name: value for name, value in row.items() if hasattr(Args, name)})  # GRPO has no critic
 
 
@@ -210,9 +210,10 @@ class Agent:
         x, x_next, tau = chain[row, k], chain[row, k + 1], k / self.K  # (B * S, H, D) twice, (B * S,)
         _, mu, std = self.step(prefix, x, tau)
         logprob = log_prob(x_next, mu, std, self.chunk_len, self.action_dim)
-        entropy = -log_prob(mu + std, mu, std, self.chunk_len, self.action_dim)  # as E (x - mu)^2 = std^2
+        used = torch.log(std)[:, : self.chunk_len, : self.action_dim]
+        entropy = used.mean(dim=(1, 2)) + 0.5 * math.log(2 * math.pi * math.e)  # per number, (B * S,)
         logprob = torch.cat([self.log_prior(chain[:, 0])[:, None], logprob.view_as(denoise_idx)], dim=1)
-        return self.joint(logprob), self.joint(entropy.view_as(denoise_idx)), std
+        return self.joint(logprob), entropy.view_as(denoise_idx), std
 
     def value(self, prefix, chain=None, generator=None):
         """V(o), (B, 1)."""

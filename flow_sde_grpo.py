@@ -84,7 +84,8 @@ class Args:
     noise_level: float = 1.0  # a, the scale of the SDE's noise (Eq. 9)
     noise_std_min: float = 0.2  # least standard deviation of the learned noise
     noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
-    sde_solver: Literal["euler", "cps"] = "euler"  # Euler-Maruyama (Eq. 9) or Flow-CPS
+    sde_solver: Literal["euler", "cps", "exponential"] = "euler"  # of the SDE's step, see `transition`
+    draw_last_step: bool = False  # hybrid: draw from all K steps, as the paper; else never the last
     mdp: Literal["hybrid", "two-layer"] = "hybrid"  # one random denoise step decides (4.2.3), or all
     group_size: int = 8  # episodes from one initial state, which are compared (Eq. 17)
     kl_coef: float = 0.0  # weight of the KL divergence from the policy at the start
@@ -123,28 +124,31 @@ def defaults(args):
     row["checkpoint"] = f"RLinf/RLinf-{args.model.capitalize()}-{row['checkpoint']}-SFT"
     row["total_timesteps"] = row.pop("iterations") * row["num_envs"] * row["num_steps"] * row["chunk_len"]
     row |= dict(zip(("noise_std_min", "noise_std_max"), (0.08, 0.16) if args.model == "pi0" else (0.04, 0.1)))
-    row["critic"] = "expert" if args.model == "pi0" else "vlm"
+    row |= {"critic": "expert" if args.model == "pi0" else "vlm", "ent_coef": 0.005}
     return Args(**{name: value for name, value in row.items() if hasattr(Args, name)})  # GRPO has no critic
 
 
 def transition(x, velocity, tau, delta, noise_level, solver="euler"):
-    """Eq. 9 in the right clock: the Gaussian A^{tau+delta} | A^tau of an SDE with the ODE's marginals.
+    """The Gaussian A^{tau+delta} | A^tau of an SDE with the ODE's marginals; tau = 0 is noise, 1 the action.
 
-    tau = 0 is noise and tau = 1 is the action. The noise pushes x off the flow and the score pulls it back;
-    with noise_level 0 this is the ODE's step x + velocity * delta.
+    x consists of action and noise. A step puts the action in the proportion of tau + delta, keeps some of the
+    noise and adds new noise; the ODE keeps the proportion 1 - tau - delta and adds none.
     """
     tau = tau[:, None, None]  # (B, 1, 1)
-    noise_hat = x - tau * velocity  # the noise that x seems to come from: score = -noise_hat / (1 - tau)
-    # Euler-Maruyama. At tau = 0 sigma would be infinite: there the denominator is delta
-    sigma = noise_level * torch.sqrt((1 - tau) / tau.clamp(min=delta))
-    mu = x + (velocity - sigma**2 / (2 * (1 - tau)) * noise_hat) * delta  # Eq. 9
-    std = sigma * math.sqrt(delta)
-    if solver == "cps":
-        # Flow-CPS: action and noise in the proportions of tau + delta, but part of the noise is new
-        action_hat, angle = x + (1 - tau) * velocity, noise_level * math.pi / 2
-        mu = (tau + delta) * action_hat + (1 - tau - delta) * math.cos(angle) * noise_hat
-        std = (1 - tau - delta) * math.sin(angle)
-    return mu, std  # (B, H, D), (B, 1, 1)
+    action_hat, noise_hat = x + (1 - tau) * velocity, x - tau * velocity  # score = -noise_hat / (1 - tau)
+    left = (1 - tau - delta).clamp(min=0)  # noise in A^{tau+delta}: none after the last step
+    if solver == "euler":  # Eq. 9 in the right clock. At tau = 0, sigma's denominator is delta instead
+        sigma = noise_level * torch.sqrt((1 - tau) / tau.clamp(min=delta))
+        keep, std = left - sigma**2 * delta / (2 * (1 - tau)), sigma * math.sqrt(delta)
+    else:  # a part `old` of the noise is kept and a part `new` is drawn, old^2 + new^2 = 1
+        if solver == "cps":  # Flow-CPS: the same parts in every step
+            old, new = math.cos(noise_level * math.pi / 2), math.sin(noise_level * math.pi / 2)
+        else:  # Eq. 9's SDE, solved exactly for this action_hat: old = (fall of noise / action)^(a^2 / 2)
+            fall = torch.log(left / (1 - tau))  # at tau = 0 a denominator is delta again
+            fall = torch.where(tau > 0, fall + torch.log(tau / (tau + delta)), fall / delta)
+            old, new = torch.exp(noise_level**2 / 2 * fall), torch.sqrt(-torch.expm1(noise_level**2 * fall))
+        keep, std = left * old, left * new
+    return (tau + delta) * action_hat + keep * noise_hat, std  # (B, H, D), (B, 1, 1)
 
 
 def log_prob(x_next, mu, std, chunk_len, action_dim):
@@ -160,7 +164,10 @@ class Agent:
         self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
         self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.solver, self.hybrid = args.noise_level, args.sde_solver, args.mdp == "hybrid"
-        self.noisy_steps = self.K - (self.solver == "cps" and self.noise == "sde")  # the last of CPS has none
+        last_is_noisy = self.solver == "euler" or self.noise == "learned"
+        if self.hybrid:
+            last_is_noisy &= args.draw_last_step or self.K == 1
+        self.noisy_steps = self.K if last_is_noisy else self.K - 1
         self.num_stochastic = self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
         self.reference = None  # the agent at the start, when there is a KL penalty
 
@@ -201,7 +208,8 @@ class Agent:
         x, x_next, tau = chain[row, k], chain[row, k + 1], k / self.K  # (B * S, H, D) twice, (B * S,)
         _, mu, std = self.step(prefix, x, tau)
         logprob = log_prob(x_next, mu, std, self.chunk_len, self.action_dim)
-        entropy = -log_prob(mu + std, mu, std, self.chunk_len, self.action_dim)  # as E (x - mu)^2 = std^2
+        used = torch.log(std)[:, : self.chunk_len, : self.action_dim]
+        entropy = used.mean(dim=(1, 2)) + 0.5 * math.log(2 * math.pi * math.e)  # per number, (B * S,)
         return logprob.view_as(denoise_idx), entropy.view_as(denoise_idx), std
 
 
@@ -302,7 +310,9 @@ def main(args):
             fail(f"--{count.replace('_', '-')} must be at least 1")
     batch_size, low, high = args.num_envs * args.num_steps, args.noise_std_min, args.noise_std_max
     for wrong, message in [
-        (args.sde_solver == "cps" and args.denoise_steps < 2, "--denoise-steps must be at least 2 (cps)"),
+        (args.sde_solver != "euler" and args.denoise_steps < 2,
+         f"--denoise-steps must be at least 2 ({args.sde_solver}: the last step has no noise)"),
+        (args.sde_solver == "cps" and args.noise_level > 1, "--noise-level must be at most 1 (cps)"),
         (args.noise_level <= 0, "--noise-level must be above 0: without noise there is nothing to explore"),
         (not 0 < low <= high, "--noise-std-min must be above 0 and at most --noise-std-max"),
         (batch_size % args.num_minibatches,
