@@ -158,9 +158,9 @@ def transition(x, velocity, tau, delta, noise_level, solver="euler"):
 
 
 def log_prob(x_next, mu, std, chunk_len, action_dim):
-    """log N(x_next; mu, std) of a chunk: the sum over executed steps and real action dims, not padding."""
+    """log N(x_next; mu, std) of the actions of a chunk: the sum over real action dims, not padding."""
     terms = -0.5 * ((x_next - mu) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)  # (B, H, D)
-    return terms[:, :chunk_len, :action_dim].sum(dim=(1, 2))  # (B,)
+    return terms[:, :chunk_len, :action_dim].sum(dim=2)  # (B, chunk_len)
 
 
 class Agent:
@@ -203,7 +203,8 @@ class Agent:
                 logprobs.append(log_prob(x_next, mu, std, self.chunk_len, self.action_dim))
             x = x_next
             chain.append(x)
-        logprob = None if deterministic else torch.stack(logprobs, dim=1).gather(1, denoise_idx)
+        logprob = None if deterministic else torch.stack(logprobs, dim=1)  # (B, K, chunk_len)
+        logprob = None if deterministic else logprob.take_along_dim(denoise_idx[..., None], dim=1)
         return torch.stack(chain, dim=1), denoise_idx, logprob
 
     def evaluate_actions(self, prefix, chain, denoise_idx):
@@ -215,7 +216,7 @@ class Agent:
         logprob = log_prob(x_next, mu, std, self.chunk_len, self.action_dim)
         used = torch.log(std)[:, : self.chunk_len, : self.action_dim]
         entropy = used.mean(dim=(1, 2)) + 0.5 * math.log(2 * math.pi * math.e)  # per number, (B * S,)
-        return logprob.view_as(denoise_idx), entropy.view_as(denoise_idx), std
+        return logprob.view(*denoise_idx.shape, -1), entropy.view_as(denoise_idx), std
 
     def value(self, prefix, chain=None, generator=None):
         """V(o), (B, 1); with V_expert in the two-layer MDP, V(o, A^tau) of each decision, (B, S)."""
@@ -251,8 +252,8 @@ def compute_advantages(rewards, values, next_value, terminated, truncated, final
 
 def update(agent, optimizer, batch, args, generator):
     """PPO on the chunks in which the episode was alive: clipped surrogate (Eqs. 14-15) and value loss."""
-    names = ("chain", "denoise_idx", "logprob", "advantages")
-    chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
+    names = ("chain", "denoise_idx", "logprob", "executed", "advantages")
+    chain, denoise_idx, old_logprob, executed, advantages = (getattr(batch, n).flatten(0, 1) for n in names)
     old_value, returns = batch.value.flatten(0, 1), batch.returns.flatten(0, 1)  # (T * N, S)
     inputs = {name: field.flatten(0, 1) for name, field in batch.inputs.items()}
     alive = batch.alive.flatten().nonzero().squeeze(1)
@@ -269,7 +270,8 @@ def update(agent, optimizer, batch, args, generator):
                 advantage = advantages[rows]
                 with torch.set_grad_enabled(train_actor):
                     logprob, entropy, std = agent.evaluate_actions(seen, chain[rows], denoise_idx[rows])
-                logratio = logprob - old_logprob[rows]
+                # of the actions that were executed: an episode may end within a chunk
+                logratio = ((logprob - old_logprob[rows]) * executed[rows]).sum(dim=2)
                 ratio = logratio.exp()  # Eq. 15, (B, S)
                 clipped = ratio.clamp(1 - clip, 1 + clip)
                 policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()  # Eq. 14
@@ -425,7 +427,8 @@ def main(args):
         inputs={name: storage(*field.shape[1:], dtype=field.dtype) for name, field in inputs.items()},
         chain=storage(args.denoise_steps + 1, c.horizon, c.action_dim),  # (T, N, K+1, H, D)
         denoise_idx=storage(agent.num_stochastic, dtype=torch.long),
-        logprob=storage(S), value=storage(S), reward=storage(), final_value=storage(),
+        logprob=storage(S, args.chunk_len), executed=storage(1, args.chunk_len),
+        value=storage(S), reward=storage(), final_value=storage(),
         **{name: storage(dtype=torch.bool) for name in ("terminated", "truncated", "alive")},
     )  # fmt: skip
     iteration, global_step, curve = 0, 0, []
@@ -459,6 +462,7 @@ def main(args):
             batch.alive[t] = torch.from_numpy(info["alive"])
             done = terminated | truncated
             episodes += zip(*(info[key][done] for key in ("success", "episode_return", "episode_length")))
+            batch.executed[t, :, 0] = torch.from_numpy(np.arange(args.chunk_len) < info["steps"][:, None])
             global_step += int(info["steps"].sum())
             tick = now()
             if truncated.any():  # what the time limit cut off is worth V(final observation)
