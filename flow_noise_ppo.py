@@ -92,6 +92,7 @@ class Args:
     noise_level: float = 1.0  # a, the scale of the SDE's noise (Eq. 9)
     noise_std_min: float = 0.2  # least standard deviation of the learned noise
     noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
+    noisy_last_step: bool = True  # as in the paper; else the last denoise step is the ODE's
     logprob_reduction: Literal["sum", "mean"] = "sum"  # of a chunk's K + 1: Eq. 5, or the authors' code
     ent_coef: float = 0.3  # weight of the entropy bonus, which is the mean over all numbers of a chain
 
@@ -166,7 +167,8 @@ class Agent:
         self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
         self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.average = args.noise_level, args.logprob_reduction == "mean"
-        self.num_stochastic, self.num_decisions = self.K, 1  # per chunk
+        last = args.noisy_last_step or self.K == 1
+        self.num_stochastic, self.num_decisions = self.K if last else self.K - 1, 1  # per chunk
 
     def step(self, prefix, x, tau):
         """The velocity at x, and mean and std of the Gaussian that the next x is drawn from."""
@@ -195,7 +197,7 @@ class Agent:
             tau = torch.full((B,), k / self.K, device=device)
             velocity, mu, std = self.step(prefix, x, tau)
             x_next = x + velocity * self.delta  # Eq. 6
-            if not deterministic:
+            if not deterministic and k < self.num_stochastic:
                 x_next = mu + std * torch.randn(x.shape, generator=generator, device=device)  # Eq. 4
                 logprobs.append(log_prob(x_next, mu, std, self.chunk_len, self.action_dim))
             x = x_next

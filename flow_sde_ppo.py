@@ -93,7 +93,7 @@ class Args:
     noise_std_min: float = 0.2  # least standard deviation of the learned noise
     noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
     sde_solver: Literal["euler", "cps", "exponential"] = "euler"  # of the SDE's step, see `transition`
-    draw_last_step: bool = False  # hybrid: draw from all K steps, as the paper; else never the last
+    noisy_last_step: bool = False  # hybrid: the random step may be the last one too, as in the paper
     mdp: Literal["hybrid", "two-layer"] = "hybrid"  # one random denoise step decides (4.2.3), or all
 
 
@@ -170,10 +170,9 @@ class Agent:
         self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
         self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.solver, self.hybrid = args.noise_level, args.sde_solver, args.mdp == "hybrid"
-        last_is_noisy = self.solver == "euler" or self.noise == "learned"
-        if self.hybrid:
-            last_is_noisy &= args.draw_last_step or self.K == 1
-        self.noisy_steps = self.K if last_is_noisy else self.K - 1
+        last = self.solver == "euler" or self.noise == "learned"  # the others have no noise there
+        last &= args.noisy_last_step or self.K == 1 or not self.hybrid
+        self.noisy_steps = self.K if last else self.K - 1
         self.num_stochastic = self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
 
     def step(self, prefix, x, tau):

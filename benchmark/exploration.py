@@ -49,6 +49,6 @@ if __name__ == "__main__":
                            ("exponential", (0.8, 1.0, 1.2, 1.4, 2.0, 3.0))):  # fmt: skip
         for level in levels:
             for last in (False, True)[: 1 + (solver == "euler")]:
-                args = Args(sde_solver=solver, noise_level=level, draw_last_step=last)
+                args = Args(sde_solver=solver, noise_level=level, noisy_last_step=last)
                 e, own = exploration(Agent(policy, args), prefix, generator)
                 print(f"| {solver} | {level} | {'0..K-1' if last else '0..K-2'} | {e:.3f} | {own:.3f} |", flush=True)

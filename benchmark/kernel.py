@@ -7,6 +7,7 @@ nobody has begun is next, so the queue may grow while it is worked on, and what 
 """
 
 import csv
+import fcntl
 import glob
 import json
 import os
@@ -36,11 +37,11 @@ def claim():
 def source(commit):
     """The code of a commit, in a folder of its own."""
     folder = f"{RUNS}/code-{commit}"
-    if not os.path.isdir(folder):
-        os.makedirs(f"{folder}.{os.getpid()}")
-        command = f"git -C {ROOT} archive {commit} | tar -x -C {folder}.{os.getpid()}"
-        subprocess.run(command, shell=True, check=True)
-        os.rename(f"{folder}.{os.getpid()}", folder)
+    with open(f"{RUNS}/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.isdir(folder):
+            os.mkdir(folder)
+            subprocess.run(f"git -C {ROOT} archive {commit} | tar -x -C {folder}", shell=True, check=True)
     return folder
 
 
