@@ -66,7 +66,7 @@ class Args:
     sde_solver: Literal["euler", "cps", "exponential"] = flow_sde_ppo.Args.sde_solver
     """of the SDE's step"""
     noisy_last_step: bool = flow_sde_ppo.Args.noisy_last_step
-    """hybrid: the random step may be the last one too, as in the paper"""
+    """the last denoise step may be a noisy one too, as in the paper"""
     mdp: Literal["hybrid", "two-layer"] = flow_sde_ppo.Args.mdp
     """noise in one random denoise step of a chunk, or in every one"""
 

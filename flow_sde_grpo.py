@@ -85,7 +85,7 @@ class Args:
     noise_std_min: float = 0.2  # least standard deviation of the learned noise
     noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
     sde_solver: Literal["euler", "cps", "exponential"] = "euler"  # of the SDE's step, see `transition`
-    noisy_last_step: bool = False  # hybrid: the random step may be the last one too, as in the paper
+    noisy_last_step: bool = False  # the last denoise step may be a noisy one too, as in the paper
     mdp: Literal["hybrid", "two-layer"] = "hybrid"  # one random denoise step decides (4.2.3), or all
     group_size: int = 8  # episodes from one initial state, which are compared (Eq. 17)
     kl_coef: float = 0.0  # weight of the KL divergence from the policy at the start
@@ -165,7 +165,7 @@ class Agent:
         self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.solver, self.hybrid = args.noise_level, args.sde_solver, args.mdp == "hybrid"
         last = self.solver == "euler" or self.noise == "learned"  # the others have no noise there
-        last &= args.noisy_last_step or self.K == 1 or not self.hybrid
+        last &= args.noisy_last_step or self.K == 1
         self.noisy_steps = self.K if last else self.K - 1
         self.num_stochastic = self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
         self.reference = None  # the agent at the start, when there is a KL penalty
