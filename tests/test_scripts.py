@@ -33,7 +33,7 @@ SCRIPTS.remove("envs.py")
 METRICS = {
     "charts": ["episodic_return", "episodic_length", "success_once", "learning_rate", "SPS"],
     "losses": ["policy_loss", "entropy", "approx_kl", "clipfrac"],
-    "flow": ["std_mean", "grad_norm"],
+    "flow": ["std_mean", "exploration", "grad_norm"],
     "eval": ["success_rate"],
     "time": ["rollout", "encode", "update"],
 }
