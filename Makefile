@@ -11,7 +11,7 @@ FAST = $(filter-out $(patsubst %,tests/test_%.py,metaworld libero maniskill make
 help:
 	@echo "make demo      Flow-SDE PPO from the shipped SFT policy, then both policies evaluated: table, curve, GIF"
 	@echo "make sft       makes checkpoints/tabletop-sft again: SFT on 5 demonstrations per task"
-	@echo "make vlm       makes checkpoints/tiny again: pre-training of the tiny pi0, 25 minutes"
+	@echo "make vlm       makes checkpoints/tiny again: pre-training of the tiny pi0, 30 minutes"
 	@echo "               These three install requirements-core.txt into .venv, the following everything:"
 	@echo "make install   only installs: requirements.txt with MetaWorld and ManiSkill, and LIBERO"
 	@echo "make check     which simulators work here, and what is missing"

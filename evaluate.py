@@ -72,13 +72,13 @@ class Args:
     """a, the scale of the SDE's noise"""
     sde_solver: Literal["euler", "cps", "exponential"] | None = None
     """Euler-Maruyama (Eq. 9), Flow-CPS, or Eq. 9's SDE integrated exactly"""
-    draw_last_step: bool | None = None
-    """hybrid: the noisy step is drawn from all K, or never the last"""
+    noisy_last_step: bool | None = None
+    """may the last denoise step have noise?"""
     mdp: Literal["hybrid", "two-layer"] | None = None
     """noise in one random denoise step of a chunk, or in every one"""
 
 
-SAMPLER = ("chunk_len", "denoise_steps", "noise", "noise_level", "sde_solver", "draw_last_step", "mdp")
+SAMPLER = ("chunk_len", "denoise_steps", "noise", "noise_level", "sde_solver", "noisy_last_step", "mdp")
 
 
 def sampler(args, checkpoint, policy):

@@ -87,7 +87,7 @@ class Args:
     noise_std_min: float = 0.2  # least standard deviation of the learned noise
     noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
     sde_solver: Literal["euler", "cps", "exponential"] = "euler"  # of the SDE's step, see `transition`
-    draw_last_step: bool = True  # hybrid: draw from all K steps, as the paper does; else never the last
+    noisy_last_step: bool = True  # the last denoise step may be noisy, as in the paper; else it is the ODE's
     mdp: Literal["hybrid", "two-layer"] = "hybrid"  # one random denoise step decides (4.2.3), or all
     group_size: int = 8  # episodes from one initial state, which are compared (Eq. 17)
     kl_coef: float = 0.0  # weight of the KL divergence from the policy at the start
@@ -142,9 +142,8 @@ class Agent:
         self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
         self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.solver, self.hybrid = args.noise_level, args.sde_solver, args.mdp == "hybrid"
-        spared = self.hybrid and self.K > 1 and not args.draw_last_step  # the last step, of being a decision
-        spared |= self.noise == "sde" and self.solver != "euler"  # it has no noise
-        self.noisy_steps = self.K - spared
+        last = args.noisy_last_step and (self.noise == "learned" or self.solver == "euler")  # is it noisy?
+        self.noisy_steps = self.K if last or self.K == 1 else self.K - 1
         self.num_stochastic = self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
         self.reference = None  # the agent at the start, when there is a KL penalty
 

@@ -51,19 +51,25 @@ class Walk:
         return np.float32([self.direction, 0])
 
 
-@pytest.fixture
-def walk(monkeypatch):
+@pytest.fixture(scope="module")
+def walk():
     """A function that makes vectors of walkers; they are closed afterwards."""
-    monkeypatch.setitem(SIMULATORS, "walk", f"{__name__}:Walk")
     made = []
 
-    def make(n=6, **changed):
+    def make(n, **changed):
         made.append(make_envs("walk", n, **dict(seed=0, partial_reset=False) | changed))
         return made[-1]
 
-    yield make
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIMULATORS, "walk", f"{__name__}:Walk")
+        yield make
     for envs in made:
         envs.close()
+
+
+@pytest.fixture(scope="module")
+def six(walk):
+    return walk(6)
 
 
 def wander(n, steps, seed=0):
@@ -149,9 +155,9 @@ def test_not_installed(tmp_path, env_id, package, says):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 9])
-def test_chunks_are_steps(walk, chunk):
+def test_chunks_are_steps(six, chunk):
     """Every number of three episodes' chunks, from sums of the actions."""
-    envs, actions = walk(), 1.5 * wander(6, 36, seed=67)  # beyond [-1, 1] too
+    envs, actions = six, 1.5 * wander(6, 36, seed=67)  # beyond [-1, 1] too
     obs, _ = envs.reset(options={"eval_states": EVAL})
     start, side = EVAL % 3, np.where(EVAL < 3, -1, 1)
     assert obs["prompt"] == [("go to the left", "go to the right")[task] for task in EVAL // 3]
@@ -182,24 +188,23 @@ def test_chunks_are_steps(walk, chunk):
             assert info["final_obs"]["prompt"] == [obs["prompt"][n] for n in np.flatnonzero(ended)]
 
 
-def test_success_at_the_limit(walk):
+def test_success_at_the_limit(six):
     """At the last step success is an end and no truncation; a step later is too late."""
-    envs = walk(2)
-    envs.reset(options={"eval_states": [3, 3]})
-    actions = np.zeros((2, LIMIT + 1, 2))
-    actions[0, LIMIT - 2 : LIMIT, 0] = actions[1, LIMIT - 1 :, 0] = 1
-    _, _, terminated, truncated, info = envs.step_chunk(actions)
-    assert terminated.tolist() == [True, False] and truncated.tolist() == [False, True]
+    six.reset(options={"eval_states": [3] * 6})
+    actions = np.zeros((6, LIMIT + 1, 2))
+    actions[:3, LIMIT - 2 : LIMIT, 0] = actions[3:, LIMIT - 1 :, 0] = 1
+    _, _, terminated, truncated, info = six.step_chunk(actions)
+    assert terminated.tolist() == [True] * 3 + [False] * 3 and truncated.tolist() == [False] * 3 + [True] * 3
     assert (info["episode_length"] == LIMIT).all()
 
 
-def test_protocol(walk):
-    assert walk(protocol="openpi").max_episode_steps == 12 and walk().max_episode_steps == LIMIT
+def test_protocol(walk, six):
+    assert walk(2, protocol="openpi").max_episode_steps == 12 and six.max_episode_steps == LIMIT
 
 
 def test_partial_reset(walk):
     """An ended walker starts anew at once, from a training state; the others walk on."""
-    envs = walk(partial_reset=True)
+    envs = walk(6, partial_reset=True)
     envs.reset(options={"eval_states": EVAL})
     speed = np.float32([1, 1, 1, 0.1, 0.1, 0.1])[:, None]
     obs, _, terminated, _, info = envs.step_chunk((envs.expert_action() * speed)[:, None].repeat(3, axis=1))
@@ -218,39 +223,42 @@ def test_partial_reset(walk):
 # --- initial states ---
 
 
-def test_seeds_and_groups(walk):
-    grouped, plain, other = walk(12, group_size=3), walk(12), walk(12, seed=1)
-    first = grouped.reset()[0]["state"].reshape(4, 3, 2)
-    assert (first == first[:, :1]).all() and len(np.unique(first[:, 0], axis=0)) == 4
-    states = plain.reset()[0]["state"]
-    assert not np.array_equal(states, other.reset()[0]["state"])
-    assert (states[:, 0] >= 3).all() and set(states[:, 1]) == {-1, 1}
-    later = plain.reset()[0]["state"]
-    assert not np.array_equal(states, later)
-    np.testing.assert_array_equal(states, plain.reset(seed=0)[0]["state"])  # also after other episodes
-    plain.reset(options={"eval_states": np.resize(EVAL, 12)})  # draws nothing
-    np.testing.assert_array_equal(later, plain.reset()[0]["state"])
+def test_groups(walk):
+    envs = walk(6, group_size=3)
+    first, second = (envs.reset()[0]["state"].reshape(2, 3, 2) for _ in range(2))
+    assert (first == first[:, :1]).all() and (second == second[:, :1]).all()
+    assert len(np.unique(np.concatenate([first, second])[:, 0], axis=0)) == 4
 
 
-def test_evaluation_states(walk):
-    envs = walk(2)
-    assert envs.num_eval_states == 6 and envs.tasks == ["left", "right"] and envs.num_eval_envs == 2
-    assert walk(8).num_eval_envs == 6
-    for states in ([0, 1], [2, 3], [4, 5]):
-        state = envs.reset(options={"eval_states": states})[0]["state"]
-        assert state.tolist() == [[s % 3, (-1, 1)[s // 3]] for s in states]
+def test_seeds(walk, six):
+    states = walk(6, seed=1).reset()[0]["state"]
+    assert (states[:, 0] >= 3).all() and len(np.unique(states, axis=0)) == 6
+    np.testing.assert_array_equal(states, six.reset(seed=1)[0]["state"])  # also after other episodes
+    later = six.reset()[0]["state"]
+    assert not np.array_equal(states, later) and not np.array_equal(states, six.reset(seed=0)[0]["state"])
+    np.testing.assert_array_equal(states, six.reset(seed=1)[0]["state"])
+    six.reset(options={"eval_states": EVAL})  # draws nothing
+    np.testing.assert_array_equal(later, six.reset()[0]["state"])
 
 
-def test_film(walk):
-    envs = walk(4)
-    envs.reset(options={"eval_states": [0, 1, 2, 3]})
-    envs.record = 3
-    actions = np.float32([[1, 0], [1, 0], [-0.5, 0]] * 4).reshape(4, 3, 2)
-    frames = envs.step_chunk(actions)[4]["frames"]
-    assert len(frames) == 3 and frames[0].shape == (3, 256, 256, 3) and frames[0].dtype == np.uint8
-    assert [frame[:, 0, 0, 0].tolist() for frame in frames] == [[10, 20, 30], [20, 30, 40], [15, 25, 35]]
-    envs.record = 0
-    assert "frames" not in envs.step_chunk(actions)[4]
+def test_evaluation_states(walk, six):
+    assert six.num_eval_states == 6 and six.tasks == ["left", "right"] and six.num_eval_envs == 6
+    assert walk(8).num_eval_envs == 6 and walk(4).num_eval_envs == 4
+    for order in (np.arange(6), EVAL[::-1]):
+        state = six.reset(options={"eval_states": order})[0]["state"]
+        assert state.tolist() == [[s % 3, (-1, 1)[s // 3]] for s in order]
+
+
+def test_film(six):
+    six.reset(options={"eval_states": [0, 1, 2, 3, 4, 5]})
+    six.record = 4  # of both processes
+    actions = np.float32([[-0.5, 0], [1, 0], [1, 0]] * 6).reshape(6, 3, 2)
+    frames = six.step_chunk(actions)[4]["frames"]
+    assert len(frames) == 3 and frames[0].shape == (4, 256, 256, 3) and frames[0].dtype == np.uint8
+    shown = [frame[:, 0, 0, 0].tolist() for frame in frames]
+    assert shown == [[251, 5, 15, 251], [5, 15, 25, 5], [15, 25, 35, 15]]  # ten times the place, modulo 256
+    six.record = 0
+    assert "frames" not in six.step_chunk(actions)[4]
 
 
 # --- processes ---
@@ -291,12 +299,11 @@ def test_an_error_is_named(walk, one_line_error):
     assert "task 1, initial state 2, step 7: ZeroDivisionError: the walker fell" in message
 
 
-def test_wrong_shape(walk):
-    envs = walk(4)
-    envs.reset()
-    for shape in ((4, 2), (3, 5, 2), (4, 5, 3)):
-        with pytest.raises(ValueError, match=r"expected shape \(4, chunk_len, 2\), got"):
-            envs.step_chunk(np.zeros(shape))
+@pytest.mark.parametrize("shape", [(6, 2), (3, 5, 2), (6, 5, 3)])
+def test_wrong_shape(six, shape):
+    six.reset()
+    with pytest.raises(ValueError, match=r"expected shape \(6, chunk_len, 2\), got"):
+        six.step_chunk(np.zeros(shape))
 
 
 def test_gif(tmp_path):

@@ -88,10 +88,10 @@ def test_interval_known_values():
 class Expert:
     """An agent that acts like the scripted expert, or not at all where the drawer is on the right."""
 
-    chunk_len, action_dim, device = 1, 3, "cpu"
+    chunk_len, action_dim, device, config = 1, 3, "cpu", TINY
 
     def __init__(self, envs):
-        self.envs, self.policy, self.config = envs, self, TINY
+        self.envs, self.policy = envs, self
 
     def preprocess(self, obs):
         return obs
@@ -99,7 +99,7 @@ class Expert:
     def encode(self, obs):
         return obs
 
-    def act(self, obs, generator, deterministic, x):
+    def act(self, obs, generator, deterministic, noise):
         return torch.zeros(len(obs["prompt"]), 1), None, None
 
     def postprocess(self, x, obs):
@@ -269,7 +269,7 @@ def test_noise_belongs_to_a_state(monkeypatch):
     "changed, kept, variance",
     [
         ({}, [1 / 2, 1 / 2, 3 / 4, 5 / 6], [1, 3 / 4, 1 / 4, 1 / 12]),  # (1 - k / K) / k, the first 1
-        ({"draw_last_step": False}, [1 / 2, 1 / 2, 3 / 4], [1, 3 / 4, 1 / 4]),
+        ({"noisy_last_step": False}, [1 / 2, 1 / 2, 3 / 4], [1, 3 / 4, 1 / 4]),
         ({"sde_solver": "cps"}, [1 / 4, 2 / 4, 3 / 4], [9 / 16, 4 / 16, 1 / 16]),  # tau', (1 - tau')^2
     ],
 )

@@ -15,7 +15,11 @@ installed = pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reas
 
 def make(*words):
     return subprocess.run(
-        ["make", *words], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        ["make", "--no-print-directory", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
 
 

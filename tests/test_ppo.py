@@ -220,7 +220,7 @@ def check_draws():
         ("exponential", True, 4, 3, 13.8),
         ("euler", False, 3, 2, 10.8),
     ):
-        changed = dict(denoise_steps=K, sde_solver=solver, draw_last_step=last)
+        changed = dict(denoise_steps=K, sde_solver=solver, noisy_last_step=last)
         agent, nothing = still(noise_level=0.5, **changed)
         generator = seeded()
         first, second = (agent.act(nothing, generator)[1][:, 0] for _ in range(2))
@@ -376,7 +376,7 @@ def test_broken_agent_is_caught(broken, check, monkeypatch):
 def test_a_single_step_decides():
     """With K = 1 there is no other step than the last: it is the decision, whatever is said of the last."""
     for last in (True, False):
-        agent, nothing = still(denoise_steps=1, draw_last_step=last)
+        agent, nothing = still(denoise_steps=1, noisy_last_step=last)
         chain, denoise_idx, logprob = agent.act(nothing, seeded())
         assert (denoise_idx == 0).all() and logprob.isfinite().all()
         assert (chain[:, 1] - chain[:, 0] * 0.5).std() == pytest.approx(
@@ -384,9 +384,14 @@ def test_a_single_step_decides():
         )  # Eq. 9: std a, mean x / 2
 
 
-def test_all_steps_of_the_two_layer_mdp_decide():
-    for solver, steps in (("euler", 4), ("cps", 3), ("exponential", 3)):
-        agent, nothing = still(mdp="two-layer", sde_solver=solver, noise_level=0.5, draw_last_step=False)
+def test_all_noisy_steps_of_the_two_layer_mdp_decide():
+    for solver, last, steps in (
+        ("euler", True, 4),
+        ("euler", False, 3),
+        ("cps", True, 3),
+        ("exponential", True, 3),
+    ):
+        agent, nothing = still(mdp="two-layer", sde_solver=solver, noise_level=0.5, noisy_last_step=last)
         chain, denoise_idx, logprob = agent.act(nothing, seeded())
         assert denoise_idx[0].tolist() == list(range(steps)) and logprob.isfinite().all()
 

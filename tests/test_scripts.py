@@ -33,7 +33,7 @@ SCRIPTS.remove("envs.py")
 METRICS = {
     "charts": ["episodic_return", "episodic_length", "success_once", "learning_rate", "SPS"],
     "losses": ["policy_loss", "entropy", "approx_kl", "clipfrac"],
-    "flow": ["std_mean", "grad_norm"],
+    "flow": ["std_mean", "exploration", "grad_norm"],
     "eval": ["success_rate"],
     "time": ["rollout", "encode", "update"],
 }
@@ -345,7 +345,7 @@ def test_flags_are_alike():
     for a, b in ((sde, noise), (sde, grpo), (noise, grpo)):
         assert {k: a[k] for k in a.keys() & b.keys()} == {k: b[k] for k in a.keys() & b.keys()}
     assert noise.keys() - sde.keys() == {"logprob_reduction", "ent_coef"}
-    assert sde.keys() - noise.keys() == {"sde_solver", "draw_last_step", "mdp"}
+    assert sde.keys() - noise.keys() == {"sde_solver", "noisy_last_step", "mdp"}
     assert grpo.keys() - sde.keys() == {"group_size", "kl_coef"}
     critic = {"critic", "critic_layers", "critic_learning_rate", "critic_warmup", "clip_vloss"}
     assert sde.keys() - grpo.keys() == critic | {"gamma", "gae_lambda", "partial_reset"}
