@@ -6,8 +6,8 @@ advantage times log-probability. It is split by the step of which the decision w
 numbers of a chunk, as the script does, and of those that were executed before the episode ended.
 
 Of each part are printed its root mean square over batches, its share of the variance, and signal / variance
-with one standard error. The signal is the squared length of the mean, from products of the gradients of
-different batches: without bias, so it may be negative. Tabletop, Markdown.
+with a standard error, on the safe side. The signal is the squared length of the mean, from products of the
+gradients of different batches: without bias, so it may be negative. Tabletop, Markdown.
 
     python benchmark/gradient.py                                       # five minutes on an idle core
     python benchmark/gradient.py --checkpoint runs/<run>/checkpoint
@@ -78,7 +78,7 @@ def gradients(agent, batch, steps):
 
 
 def signal_and_variance(g):
-    """Of gradients (B, P), one a batch: |mean|^2, without bias, its standard error, and the variance."""
+    """Of gradients (B, P), one a batch: |mean|^2 without bias, its standard error at most, the variance."""
     B, gram = len(g), g @ g.T
     products = (gram.sum(dim=1) - gram.diag()) / (B - 1)  # of a batch with the others
     signal = products.mean()
