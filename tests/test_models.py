@@ -47,7 +47,7 @@ def reference(variant):
         expert_width=expert["width"], expert_mlp=expert["mlp_dim"], horizon=sizes["action_horizon"],
         max_token_len=sizes["max_token_len"],
     ), STATS).eval()  # fmt: skip
-    keys = {key: pi_models.openpi_key(key) for key in policy.state_dict()}
+    keys = {key: pi_models.their_key(key) for key in policy.state_dict()}
     policy.load_state_dict({key: weights[theirs] for key, theirs in keys.items()})
     policy.requires_grad_(True)
     inputs = {
