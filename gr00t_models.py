@@ -65,9 +65,7 @@ class GrootConfig:
     state_dim: int = 64
     horizon: int = 16
     crop: float = 0.95  # of a picture's sides; the middle is what the network sees
-    mean_std_actions: int = (
-        0  # of so many actions mean -+ std is -1, 1: 6 in NVIDIA's LIBERO-Goal, else min, max
-    )
+    mean_std_actions: int = 0  # so many are scaled by mean, std and not min, max: 6 in NVIDIA's LIBERO-Goal
     unmasked_padding: int = 0  # RLinf pads to 570 tokens and lets the head see them; 0: nobody sees padding
     tokenizer: str = "qwen3"  # or "bytes": one token a byte, nothing to download
     image_token: int = 151669  # where a patch goes; the next two begin and end a picture
@@ -257,9 +255,11 @@ class Policy(pi_models.Policy):
 
     def _scale(self, key):
         """What is -1 and what is 1 to the network, as NumPy."""
-        stats, n = self.stats[key], self.config.mean_std_actions if key == "actions" else 0
-        low, high, mean, std = (np.array(stats.get(s, stats["min"]), np.float32) for s in SCALES)
-        low[:n], high[:n] = (mean - std)[:n], (mean + std)[:n]
+        low, high = (np.array(self.stats[key][s], np.float32) for s in ("min", "max"))
+        n = self.config.mean_std_actions if key == "actions" else 0
+        if n:
+            mean, std = (np.array(self.stats[key][s], np.float32)[:n] for s in ("mean", "std"))
+            low[:n], high[:n] = mean - std, mean + std
         metadata = [*self.stats.get("metadata", {}).values()]
         if key == "actions" and metadata and [*metadata[0]["statistics"]["action"]][-1] == "gripper":
             low[-1], high[-1] = 1 - 2 * low[-1], 1 - 2 * high[-1]  # in the data 1 is open, in simulators -1
@@ -350,7 +350,7 @@ class Policy(pi_models.Policy):
 
     # -- files
 
-    def own(self, tensors, told):
+    def take(self, tensors, told):
         """Of a checkpoint's tensors, under our names, those that are this policy's: one robot's of all."""
         c, self.told = self.config, told
         if not 0 <= c.robot < c.robots:
@@ -367,7 +367,7 @@ class Policy(pi_models.Policy):
         for key in filter(OF_ROBOTS.match, tensors):
             mine = tensors[key].t()
             every = self.robots.get(key, mine)
-            every = every if every.shape[1:] == mine.shape else mine  # the robot has changed
+            every = every if every.shape[1:] == mine.shape else mine  # none, or of other sizes
             tensors[key] = every.to(mine.dtype).expand(c.robots, *mine.shape).clone()
             tensors[key][c.robot] = mine
         tensors = {their_key(key): tensor.contiguous() for key, tensor in tensors.items()}
@@ -419,7 +419,6 @@ RENAMED = [  # anyone's -> ours, after that
     (r"\.W$", ".weight"),
     (r"\.b$", ".bias"),
 ]
-SCALES = "min", "max", "mean", "std"
 OF_ROBOTS = re.compile(r"state_encoder|action_in_proj|action_time_mlp|action_decoder")
 UNUSED = r"^vision_tower\.head\.|logvar_(min|max)$"  # by the networks
 MINE, NEITHER, STATS = "action_head.", "no GR00T N1.5", "experiment_cfg/metadata.json"
@@ -458,7 +457,7 @@ def read_stats(folder, tensors):
     stats = {"metadata": metadata}
     for ours, theirs in (("state", "state"), ("actions", "action")):
         parts = robot.get("statistics", {}).get(theirs, {}).values()
-        names = [name for name in SCALES if all(name in part for part in parts)]
+        names = [name for name in ("min", "max", "mean", "std") if all(name in part for part in parts)]
         stats[ours] = {name: [x for part in parts for x in part[name]] for name in names if parts}
     return stats
 

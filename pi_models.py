@@ -34,7 +34,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CHECKPOINTS, SHIPPED = Path(__file__).resolve().parent / "checkpoints", ("tiny", "tiny-gr00t")
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+SHIPPED = "tiny", "tiny-gr00t"  # names of folders there
 STATISTICS = {"pi0": ("mean", "std"), "pi05": ("q01", "q99"), "gr00t": ("min", "max")}  # that normalise
 TOKENIZERS = {"paligemma": "google/paligemma-3b-pt-224", "qwen3": "Qwen/Qwen3-1.7B"}
 
@@ -316,10 +317,10 @@ class Policy(nn.Module):
         if state > c.state_dim or action > c.action_dim:
             sizes = {"state_dim": max(state, c.state_dim), "action_dim": max(action, c.action_dim)}
             self.config = dataclasses.replace(c, **sizes)
-            fresh = type(self)(self.config).to(self.device).get_submodule
+            fresh = dict(type(self)(self.config).to(self.device).named_modules())
             for name, module in list(self.named_modules()):
-                if isinstance(module, nn.Linear) and module.weight.shape != fresh(name).weight.shape:
-                    self.set_submodule(name, fresh(name))
+                if isinstance(module, nn.Linear) and module.weight.shape != fresh[name].weight.shape:
+                    self.set_submodule(name, fresh[name])
 
     def set_trained(self, train, lora_rank=0, lora_alpha=0):
         """ "expert", "expert+lora" (adapters in the VLM, new ones unless it has some) or "all"."""
@@ -411,7 +412,7 @@ class Policy(nn.Module):
         return self._tokens[key]
 
     def _scale(self, key):
-        """Where the network's scale begins and what its unit is, or in pi0.5 the length from -1 to 1."""
+        """What is 0 to the network and how far it is to 1; in pi0.5, what is -1 and how far it is to 1."""
         first, second = (np.asarray(self.stats[key][s], np.float32) for s in STATISTICS[self.config.variant])
         return first, (second - first if self.pi05 else second) + np.float32(1e-6)
 
@@ -491,7 +492,7 @@ class Policy(nn.Module):
         features = features.float().view(N, T, -1)[:, T - H :]
         return -self.action_out_proj(features), features  # and the checkpoints' sign
 
-    def own(self, tensors, told):
+    def take(self, tensors, told):
         """Of a checkpoint's tensors, under our names, those that are this policy's."""
         return tensors
 
@@ -679,7 +680,7 @@ def download(name):
 
 def load_policy(path_or_name, device="cpu"):
     """A folder of `save_policy`, openpi, lerobot, transformers or RLinf; a hub id; "tiny" or "tiny-gr00t"."""
-    folder = Path(path_or_name) if path_or_name not in SHIPPED else CHECKPOINTS / path_or_name
+    folder = CHECKPOINTS / path_or_name if path_or_name in SHIPPED else Path(path_or_name)
     folder = folder if folder.is_dir() else download(str(path_or_name))
     import gr00t_models  # which begins with what is above
 
@@ -699,7 +700,7 @@ def load_policy(path_or_name, device="cpu"):
         large = sum(tensor.numel() for tensor in tensors.values()) > 1e8
         with parameters_on_meta() if large else contextlib.nullcontext():  # small ones draw initial values,
             policy = family.Policy(config, stats)  # as they did when the shipped policy was made
-        tensors = policy.own(tensors, told)
+        tensors = policy.take(tensors, told)
     except KeyError as error:
         fail(f"checkpoint '{path_or_name}' is {family.NEITHER}: missing {family.their_key(error.args[0])}")
     except PickleError:  # torch's own message says how to run what is in there
@@ -737,7 +738,7 @@ def load_policy(path_or_name, device="cpu"):
 
 
 def save_policy(policy, folder, card=""):
-    """Weights, sizes and statistics, as the family's own tools read them; tokenizer, a model card."""
+    """Weights, sizes, statistics (see `files`), tokenizer, a model card. Files are replaced atomically."""
     folder = Path(folder)
     files = {"README.md": card.encode(), **policy.files()}
     if policy.tokenizer_json:
@@ -746,4 +747,4 @@ def save_policy(policy, folder, card=""):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{name}.tmp"
         temporary.write_bytes(content)
-        os.replace(temporary, folder / name)  # at once
+        os.replace(temporary, folder / name)

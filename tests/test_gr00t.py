@@ -30,6 +30,7 @@ import flow_noise_ppo
 import flow_sde_grpo
 import flow_sde_ppo
 import gr00t_models
+import pi_models
 from gr00t_models import TINY, Block, GrootConfig, Policy, Prefix
 from pi_models import LoRALinear, load_policy, parameters_on_meta, save_policy
 
@@ -1077,6 +1078,17 @@ def test_damaged(tmp_path, damage, one_line_error):
     how(lay(tmp_path))
     message = one_line_error(load_policy, str(tmp_path))
     assert str(tmp_path) in message and all(part in message for part in says), message
+
+
+def test_tiny(tmp_path, monkeypatch):
+    """Small enough to be shipped, and found by its name among what is."""
+    policy = make_gr00t(vision_depth=TINY.vision_depth, depth=TINY.depth, dit_depth=TINY.dit_depth)
+    assert policy.config == dataclasses.replace(TINY, critic_layers=2)
+    save_policy(policy, tmp_path / "tiny-gr00t")
+    assert (tmp_path / "tiny-gr00t" / ONE).stat().st_size < 4e6
+    monkeypatch.setattr(pi_models, "CHECKPOINTS", tmp_path)
+    again = load_policy("tiny-gr00t")
+    assert again.config == policy.config and type(again) is Policy
 
 
 def test_full_size():
