@@ -305,15 +305,11 @@ class Policy(pi_models.Policy):
         The denoise steps of a chunk share them, so the latest are kept: until there is another prefix, other
         weights, or a gradient to flow through them.
         """
-        cross, graph = self.dit[::2], torch.is_grad_enabled()
-        reading = [
-            self.context_norm,
-            self.context_blocks,
-            *(part for b in cross for part in (b.to_k, b.to_v)),
-        ]
-        version = sum(p._version for part in reading for p in part.parameters())
+        graph, looking = torch.is_grad_enabled(), [layer for b in self.dit[::2] for layer in (b.to_k, b.to_v)]
+        layers = [self.context_norm, self.context_blocks, *looking]
+        version = sum(p._version for layer in layers for p in layer.parameters())
         features, known, had_graph, kv = self._context
-        if features is not prefix.features or known != version or graph > had_graph:
+        if features is not prefix.features or known != version or (graph and not had_graph):
             h = self.context_norm(prefix.features)
             for block in self.context_blocks:
                 h = block(h, prefix.mask)
