@@ -1,29 +1,43 @@
-# Everything runs in .venv, which is made on first use: nothing has to be activated.
+# Everything runs in .venv, which is made on first use: nothing has to be activated. It holds the core first, which
+# is all that the tabletop needs, and the simulators when somebody asks for them: each has a stamp file.
 PYTHON = python3
+ARGS =
 PIP = .venv/bin/python -m pip --disable-pip-version-check
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations 10 -n 2 --dist loadfile
+FAST = $(filter-out $(patsubst %,tests/test_%.py,metaworld libero maniskill make),$(wildcard tests/test_*.py))
 
-.PHONY: help install .venv apt check test demo sft vlm
+.PHONY: help install apt check lint test test-fast demo sft vlm diffs
 
 help:
-	@echo "make demo    Flow-SDE PPO from the shipped SFT policy, then both policies evaluated: table, curve, GIF"
-	@echo "make test    all tests"
-	@echo "make sft     makes checkpoints/tabletop-sft again: SFT on 5 demonstrations per task"
-	@echo "make vlm     makes checkpoints/tiny again: pre-training of the tiny pi0, 25 minutes"
-	@echo "make install only installs, into .venv: requirements.txt with MetaWorld and ManiSkill, and LIBERO"
-	@echo "make check   which simulators work here, and what is missing"
-	@echo "make apt     as root, on Debian: the libraries that draw pictures without a GPU"
-	@echo "PYTHON=...   the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))"
+	@echo "make demo      Flow-SDE PPO from the shipped SFT policy, then both policies evaluated: table, curve, GIF"
+	@echo "make sft       makes checkpoints/tabletop-sft again: SFT on 5 demonstrations per task"
+	@echo "make vlm       makes checkpoints/tiny again: pre-training of the tiny pi0, 25 minutes"
+	@echo "               These three install requirements-core.txt into .venv, the following everything:"
+	@echo "make install   only installs: requirements.txt with MetaWorld and ManiSkill, and LIBERO"
+	@echo "make check     which simulators work here, and what is missing"
+	@echo "make lint      ruff: mistakes and format"
+	@echo "make diffs     writes the diffs between the three scripts into docs/diffs.md"
+	@echo "make test      all tests"
+	@echo "make test-fast the tests that need no simulator, two minutes"
+	@echo "make apt       as root, on Debian: the libraries that draw pictures without a GPU"
+	@echo "ARGS=...       flags for the script that demo, sft or vlm runs, or for pytest: make demo ARGS='--seed 2'"
+	@echo "PYTHON=...     the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))"
 
-install .venv: .venv/installed
-
-.venv/installed: requirements.txt requirements-libero.txt
+.venv/core: requirements-core.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
 		|| { echo "error: $(PYTHON) is not Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 2; }
-	@echo "installing requirements.txt and requirements-libero.txt into .venv, once"
+	@echo "installing requirements-core.txt into .venv, once"
 	@$(PYTHON) -m venv .venv
+	@$(PIP) install --quiet -r requirements-core.txt
+	@touch $@
+
+.venv/installed: .venv/core requirements.txt requirements-libero.txt
+	@echo "installing requirements.txt and requirements-libero.txt into .venv, once"
 	@$(PIP) install --quiet -r requirements.txt
 	@$(PIP) install --quiet --no-deps -r requirements-libero.txt
 	@touch $@
+
+install: .venv/installed
 
 # Mesa 25's software Vulkan, which ManiSkill needs without a GPU, is in the backports of Debian 12
 apt:
@@ -34,22 +48,32 @@ apt:
 		apt-get update -qq && apt-get install -qq -y --no-install-recommends -t bookworm-backports mesa-vulkan-drivers; \
 	else apt-get install -qq -y --no-install-recommends mesa-vulkan-drivers; fi
 
-check: .venv
+check: .venv/installed
 	@.venv/bin/python envs.py --check
 
-test: .venv
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations 10 tests
+lint: .venv/installed
+	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m ruff format --check .
 
-demo: .venv
+test: .venv/installed
+	@$(PYTEST) tests $(ARGS)
+
+test-fast: .venv/installed
+	@$(PYTEST) -m "not slow" --dist worksteal $(FAST) $(ARGS)
+
+demo: .venv/core
 	@set -e; folder=runs/demo-$$(date +%Y%m%d-%H%M%S); \
-	.venv/bin/python flow_sde_ppo.py --seed 1 --run-dir $$folder; \
+	.venv/bin/python flow_sde_ppo.py --seed 1 --run-dir $$folder $(ARGS); \
 	run=$$(dirname $$folder/*/checkpoint); \
 	.venv/bin/python evaluate.py --checkpoints checkpoints/tabletop-sft $$run/checkpoint --labels SFT RL \
 		--stochastic --json $$run/evaluation.json --capture-video $$run/sft_rl.gif; \
 	echo "learning curve: $$run/learning_curve.png"
 
-sft: .venv
-	@.venv/bin/python flow_sft.py
+sft: .venv/core
+	@.venv/bin/python flow_sft.py $(ARGS)
 
-vlm: .venv
-	@.venv/bin/python flow_sft.py --pretrain
+vlm: .venv/core
+	@.venv/bin/python flow_sft.py --pretrain $(ARGS)
+
+diffs: .venv/core
+	@.venv/bin/python benchmark/diffs.py

@@ -6,22 +6,38 @@
 
 The observation is {"images": (N, cams, H, W, 3) uint8, "state": (N, S) float32, "prompt": [str] * N}. Success
 is a true end (terminated); the step limit is not (truncated), so a value function bootstraps there from the
-observation the episode ended with, info["final_obs"].
+observation the episode ended with, info["final_obs"]. `python envs.py --check` tries each simulator.
 
-The tabletop is built in and computes all environments at once. The others run in processes: a class for each
-of them (MetaWorld, Libero, ManiSkill) says what differs, `Block` is some of them in one process, `Simulators`
-is all blocks. `python envs.py --check` tries each of them and says what is missing.
+The contract. A simulator is a class in a file of simulators/ and a line in SIMULATORS. It is one environment:
+
+    env_ids                      of the class: the ids that it knows; * stands for anything
+    trials                       of the class: pairs of env_id and obs_mode, which --check tries
+    __init__(env_id, obs_mode, protocol)
+    prompts                      {task: instruction}
+    action_dim                   D
+    max_episode_steps            the step limit under that protocol
+    num_eval_states              per task: the initial states 0, 1, ... are those of an evaluation
+    train_states                 (low, high): training draws its initial states from these
+    reset(task, state)           begins an episode: the index of a task, the number of an initial state
+    observe()                    {"images": (cams, H, W, 3) uint8, "state": (S,) float32}
+    step(action)                 (reward, success), for an action (D,) in [-1, 1]
+    render(size)                 a picture for people, (size, size, 3) uint8
+    expert_action()              optional: the action (D,) of a scripted expert
+
+What a user has to put right (assets, an unknown name) is a ValueError of one line. `Block` is some of them in
+one process, `Simulators` is all blocks. A simulator that steps many environments at once, the tabletop, is a
+gymnasium VectorEnv with make_envs' arguments instead, and does itself what `Simulators` does (`select_rows`
+is there for both).
 """
 
 import difflib
+import fnmatch
 import functools
-import json
-import logging
 import os
-import re
+import pkgutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -33,335 +49,56 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv
 from gymnasium.vector.utils import batch_space
 
-from tabletop import EVAL_STATES, TASKS, Tabletop, select_rows
+from flags import fail
+
+SIMULATORS = {  # what an env_id begins with: the class, imported when it is asked for
+    "tabletop": "simulators.tabletop:Tabletop",
+    "metaworld": "simulators.metaworld:MetaWorld",
+    "libero": "simulators.libero:Libero",
+    "maniskill": "simulators.maniskill:ManiSkill",
+}
 
 
-def fail(message):
-    """A user's mistake: one line on stderr and exit code 2, never a traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def make_envs(env_id, num_envs, seed, partial_reset=True, group_size=1, obs_mode="rgb", protocol="paper"):
+def make_envs(
+    env_id: str,
+    num_envs: int,
+    seed: int,
+    partial_reset: bool = True,
+    group_size: int = 1,
+    obs_mode: str = "rgb",
+    protocol: str = "paper",
+) -> gym.vector.VectorEnv:
     """`partial_reset`: an environment whose episode ended starts a new one instead of waiting for reset().
 
     `group_size`: at a reset, so many neighbours start from the same state and task. Not by a partial reset.
     `obs_mode`: "state" is without pictures, and the state is all that the simulator tells; "fast" pictures
     are without shadows. `protocol`: whose step limit, where openpi's or lerobot's is not the paper's.
     """
-    known = ["tabletop", *(f"tabletop_{task}" for task in TASKS), *LIBERO_STEPS]
-    known += [f"metaworld_{name}" for name in (*METAWORLD, "mt10", "mt50", "ml45", "ml45_test")]
-    env_id = f"{env_id}-v3" if f"{env_id}-v3" in known else env_id
-    known += [f"maniskill_{name}" for name in SIMPLER]
-    if env_id not in known and not env_id.startswith("maniskill:"):
-        families = "tabletop", *LIBERO_STEPS, "metaworld_<task>", "maniskill_carrot", "maniskill:<Id>"
-        nearest = difflib.get_close_matches(env_id, known, n=5) or families
-        fail(f"unknown env_id {env_id!r}; did you mean one of: {', '.join(nearest)}?")
+    simulator = find_simulator(env_id)
     if num_envs < 1:
         fail(f"num_envs must be at least 1, got {num_envs}")
     if group_size < 1 or num_envs % group_size:
         fail(f"group_size {group_size} does not divide num_envs {num_envs}")
-    if env_id.startswith("tabletop"):
-        tasks = list(TASKS) if env_id == "tabletop" else [env_id.removeprefix("tabletop_")]
-        return Tabletop(tasks, num_envs, seed, partial_reset, group_size)
-    family, name = re.split("[_:]", env_id, maxsplit=1)
-    if family == "libero":
-        build, eval_states, train_states = functools.partial(Libero, env_id), EVAL_STATES, (0, EVAL_STATES)
-    elif family == "metaworld":
-        build = functools.partial(MetaWorld, metaworld_tasks(name))
-        eval_states = 10 if name in ("mt50", "ml45") else EVAL_STATES
-        train_states = EVAL_STATES, 2**31  # of a seeded simulator: none is an evaluation state
-    else:
-        full, eval_states = SIMPLER.get(name, (name, EVAL_STATES))
-        build = functools.partial(ManiSkill, full)
-        train_states = (0, eval_states) if name in SIMPLER else (EVAL_STATES, 2**31)
-    build = functools.partial(build, obs_mode=obs_mode, protocol=protocol)
-    return Simulators(env_id, build, eval_states, train_states, num_envs, seed, partial_reset, group_size)
+    if issubclass(simulator, gym.vector.VectorEnv):
+        return simulator(env_id, num_envs, seed, partial_reset, group_size, obs_mode, protocol)
+    build = functools.partial(simulator, env_id, obs_mode, protocol)
+    return Simulators(env_id, build, num_envs, seed, partial_reset, group_size)
 
 
-# Simulators in processes ------------------------------------------------------------------------------------
-
-METAWORLD = json.loads((Path(__file__).parent / "metaworld.json").read_text())  # 50 tasks
-
-
-def metaworld_tasks(name):
-    """The task of that name, or the tasks of a benchmark."""
-    return [task for task, about in METAWORLD.items() if name in (task, *about["benchmarks"])]
-
-
-def touching_object(self, geom):
-    """MetaWorld's own goes through all contacts in Python, twice: a third of a step's time."""
-    pads = [self.data.geom(name).id for name in ("leftpad_geom", "rightpad_geom")]
-    between = [(np.sort(self.data.contact.geom) == sorted((geom, pad))).all(axis=1) for pad in pads]
-    return all(self.data.efc_force[self.data.contact.efc_address[rows]].sum() > 0 for rows in between)
+def find_simulator(env_id):
+    for family, place in SIMULATORS.items():
+        if env_id.startswith(family):
+            simulator = pkgutil.resolve_name(place)
+            if any(fnmatch.fnmatchcase(env_id, known) for known in simulator.env_ids):
+                return simulator
+    known = [list(pkgutil.resolve_name(place).env_ids) for place in SIMULATORS.values()]
+    nearest = difflib.get_close_matches(env_id, sum(known, []), n=5) or [ids[0] for ids in known]
+    fail(f"unknown env_id {env_id!r}; did you mean one of: {', '.join(nearest)}?")
 
 
-class MetaWorld:
-    """Sawyer arm, 50 tasks. State: end effector and gripper (4); without pictures all 39, the goal too."""
-
-    def __init__(self, tasks, obs_mode, protocol):
-        os.environ.setdefault("MUJOCO_GL", "egl")
-        self.prompts = {task: METAWORLD[task]["instruction"] for task in tasks}
-        self.tasks, self.obs_mode, self.envs, self.renderers = tasks, obs_mode, {}, {}
-        self.max_episode_steps, self.action_dim = {"paper": 100, "openpi": 500}[protocol], 4
-
-    def reset(self, task, state):
-        from metaworld import env_dict, policies
-
-        self.name = self.tasks[task]
-        if self.name not in self.envs:
-            env_dict.SawyerXYZEnv.touching_object = touching_object
-            env = env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self.name}-goal-observable"](seed=0)
-            env._freeze_rand_vec, env.seeded_rand_vec = False, True  # initial positions follow env.seed
-            env.model.cam_pos[2] = 0.75, 0.075, 0.7  # of corner2, as in the public demonstrations
-            if self.obs_mode == "fast":
-                env.model.vis.quality.offsamples = env.model.light_castshadow[:] = 0
-                env.model.mat_reflectance[:] = 0
-            self.envs[self.name] = env
-        self.env, self.expert = self.envs[self.name], getattr(policies, METAWORLD[self.name]["expert"])()
-        self.env.seed(int(state))
-        self.obs, _ = self.env.reset()
-
-    def observe(self):
-        if self.obs_mode == "state":
-            return {"images": np.zeros((0, 1, 1, 3), np.uint8), "state": np.float32(self.obs)}
-        return {"images": self.render(480)[None], "state": np.float32(self.obs[:4])}
-
-    def step(self, action):
-        self.obs, _, _, _, info = self.env.step(action)
-        return float(info["success"]), bool(info["success"])
-
-    def render(self, size):
-        if (self.name, size) not in self.renderers:
-            import mujoco
-
-            self.renderers[self.name, size] = mujoco.Renderer(self.env.model, size, size)
-        renderer = self.renderers[self.name, size]
-        renderer.update_scene(self.env.data, "corner2")
-        return renderer.render()[::-1, ::-1]  # this camera hangs upside down
-
-    def expert_action(self):
-        return np.clip(self.expert.get_action(self.obs), -1, 1).astype(np.float32)
-
-
-LIBERO_STEPS = {  # an episode's: (the paper's, openpi's); the ten steps in which objects settle do not count
-    "libero_spatial": (240, 220), "libero_object": (320, 280), "libero_goal": (320, 300),
-    "libero_10": (480, 520), "libero_90": (400, 400),
-}  # fmt: skip
-
-
-def import_libero():
-    """LIBERO's folder. Imports it without its questions and without files in the user's home."""
-    with tempfile.TemporaryDirectory() as folder:  # its config.yaml must exist; nothing reads it
-        Path(folder, "config.yaml").touch()
-        os.environ["LIBERO_CONFIG_PATH"] = folder
-        import libero.libero
-    folder = os.environ.get("LIBERO_ASSETS") or libero.libero.get_assets_path()  # downloads them, once
-    if not Path(folder, "scenes").is_dir():
-        advice = "unpack them and set LIBERO_ASSETS to the folder"
-        raise ValueError(f"LIBERO's assets are missing, {folder} has no scenes: {advice}")
-    libero.libero._assets_path_cache = folder  # it does not read the entry of its config file
-    return Path(libero.libero.__file__).parent
-
-
-class Libero:
-    """Franka arm, suites of ten tasks with fifty fixed initial states each.
-
-    State: position (3) and axis-angle (3) of the end effector, the two fingers. Action -1 opens the gripper.
-    """
-
-    action_dim = 7
-    # What a picture depends on. robosuite takes a step's observation in the 24th of its 25 substeps; these
-    # are noted there and drawn when asked for: its own cameras' pictures, but not one for every step.
-    POSES = "geom_xpos geom_xmat site_xpos site_xmat cam_xpos cam_xmat light_xpos light_xdir".split()
-
-    def __init__(self, suite, obs_mode, protocol):
-        os.environ.setdefault("MUJOCO_GL", "egl")
-        self.suite, self.obs_mode, self.task, self.env = suite, obs_mode, None, None
-        self.folder = import_libero()
-        from libero.libero.benchmark import task_maps
-
-        self.prompts = {task.name: task.language for task in task_maps[suite].values()}
-        self.max_episode_steps = dict(zip(("paper", "openpi"), LIBERO_STEPS[suite]))[protocol]
-
-    def _build(self, task):
-        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # three lines about macros per process
-        import torch
-        from libero.libero.envs.env_wrapper import ControlEnv
-        from robosuite.utils.observables import Observable, sensor
-
-        if self.env is not None:
-            self.env.close()
-        name = list(self.prompts)[task]
-        self.env = ControlEnv(
-            bddl_file_name=f"{self.folder}/bddl_files/{self.suite}/{name}.bddl",
-            use_camera_obs=False, has_offscreen_renderer=False,
-            ignore_done=True,  # how long an episode lasts is decided in Block
-            hard_reset=False,  # a reset keeps the compiled scene
-        )  # fmt: skip
-        rebuild = np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"  # NumPy 1's name
-        numpy = [rebuild, np.ndarray, np.dtype, np.dtypes.Float64DType]
-        with torch.serialization.safe_globals(numpy):  # arrays, and nothing else
-            file = f"{self.folder}/init_files/{self.suite}/{name}.pruned_init"
-            self.states, self.task = torch.load(file, weights_only=True), task  # (50, 1 + nq + nv)
-
-        @sensor(modality="poses")
-        def note_poses(_):
-            self.poses = {name: getattr(self.env.sim.data, name).copy() for name in self.POSES}
-            return np.zeros(1)
-
-        robosuite, needed = self.env.env, ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
-        robosuite._observables = {name: robosuite._observables[name] for name in needed}
-        robosuite.add_observable(Observable("poses", note_poses))
-
-    def reset(self, task, state):
-        if task != self.task:
-            self._build(task)
-        from robosuite.utils.errors import RandomizationError
-
-        np.random.seed(state)  # the furniture is no part of the initial state: a reset draws it, within 1 cm
-        while True:
-            try:
-                self.env.env.reset()  # LIBERO's own reset() retries after any error, so some hang for ever
-                break
-            except RandomizationError:  # objects did not fit where they were drawn
-                pass
-        self.env.robots[0].gripper.current_action = np.zeros(1)  # the last episode's, as the scene was kept
-        self.obs = self.env.set_init_state(self.states[state])
-        for _ in range(10):  # objects settle, the gripper opens
-            self.step([0, 0, 0, 0, 0, 0, -1])
-
-    def step(self, action):
-        self.obs, reward, success, _ = self.env.step(np.asarray(action, np.float64))
-        return float(reward), bool(success)
-
-    def observe(self):
-        quat = self.obs["robot0_eef_quat"]  # x, y, z, w
-        cos = np.clip(quat[3], -1, 1)  # of half the angle, which is in [0, 2 pi]: not the shorter way
-        sin = np.sqrt(1 - cos * cos)
-        axis_angle = quat[:3] / sin * 2 * np.arccos(cos) if sin > 0 else np.zeros(3)
-        state = np.concatenate([self.obs["robot0_eef_pos"], axis_angle, self.obs["robot0_gripper_qpos"]])
-        images = np.zeros((0, 1, 1, 3), np.uint8)
-        if self.obs_mode != "state":  # the checkpoints were trained on mirrored pictures
-            images = np.stack([self.render(256, eye)[:, ::-1] for eye in ("agentview", "robot0_eye_in_hand")])
-        return {"images": images, "state": state.astype(np.float32)}
-
-    def render(self, size, camera="agentview"):
-        """The scene as the camera sees it, upright: left is the left of LIBERO's instructions."""
-        sim = self.env.sim
-        if sim._render_context_offscreen is None:
-            from robosuite.utils.binding_utils import MjRenderContextOffscreen
-
-            if self.obs_mode == "fast":  # before the context, which reads offsamples once
-                sim.model.vis.quality.offsamples = 0
-                sim.model.light_castshadow[:], sim.model.mat_reflectance[:] = 0, 0
-            MjRenderContextOffscreen(sim, device_id=-1).vopt.geomgroup[0] = 0  # no collision shapes
-        sim._render_context_offscreen.gl_ctx.make_current()
-        for name, value in self.poses.items():
-            getattr(sim.data, name)[:] = value  # the next step computes them anew
-        return sim.render(size, size, camera_name=camera)[::-1]  # OpenGL's first row is the lowest
-
-
-SIMPLER = {  # the WidowX tasks, and how many layouts they have
-    "carrot": ("PutCarrotOnPlateInScene-v1", 24), "spoon": ("PutSpoonOnTableClothInScene-v1", 24),
-    "eggplant": ("PutEggplantInBasketScene-v1", 64),
-    "cube": ("StackGreenCubeOnYellowCubeBakedTexInScene-v1", 24),
-}  # fmt: skip
-
-
-def check_maniskill(env_id, obs_mode):
-    """The backend that renders; a ValueError, one line, if this environment could not be built here."""
-    import mani_skill.envs
-    import sapien
-    from mani_skill.utils import assets, download_asset
-    from mani_skill.utils.registration import REGISTERED_ENVS
-
-    if env_id not in REGISTERED_ENVS:
-        nearest = ", ".join(difflib.get_close_matches(env_id, REGISTERED_ENVS)) or "PickCube-v1"
-        raise ValueError(f"unknown id {env_id!r}; did you mean one of: {nearest}?")
-    if obs_mode == "state" and "state" not in REGISTERED_ENVS[env_id].cls.SUPPORTED_OBS_MODES:
-        raise ValueError(f"{env_id} has pictures only, use --obs-mode rgb")
-    needed = assets.expand_data_group_into_individual_data_source_ids(env_id)
-    needed += ["widowx250s"] if env_id in dict(SIMPLER.values()) else []  # the robot's, not listed
-    missing = [name for name in needed if not assets.is_data_source_downloaded(name)]
-    if missing:
-        download = " && ".join(f"python -m mani_skill.utils.download_asset -y {name}" for name in missing)
-        raise ValueError(f"{env_id} needs assets that are not in {mani_skill.ASSET_DIR}: {download}")
-
-    def refuse(question):  # ManiSkill would ask (y|n) on stdin, for a robot's assets even while building
-        raise ValueError(f"{question} Use: python -m mani_skill.utils.download_asset")
-
-    download_asset.prompt_yes_no = refuse
-    for backend, device in {"gpu": "cuda", "cpu": "pci:0"}.items():  # "cpu" says no even where it renders
-        try:
-            if sapien.Device(device).can_render():
-                return backend
-        except RuntimeError:  # there is no such device
-            pass
-    raise ValueError("no Vulkan device, which it needs even without pictures: a GPU's or Mesa 25's, make apt")
-
-
-class ManiSkill:
-    """Any task of ManiSkill that says what success is. SIMPLER: WidowX arm before a photograph, one camera.
-
-    Its state is six joints and two fingers, action 1 opens the gripper and 0 closes it, 0.1 for a grasp.
-    """
-
-    def __init__(self, env_id, obs_mode, protocol):
-        backends = {"sim_backend": "physx_cpu", "render_backend": check_maniskill(env_id, obs_mode)}
-        import mani_skill
-        from mani_skill.utils.registration import REGISTERED_ENVS
-
-        mani_skill.logger.setLevel("ERROR")  # otherwise two lines of warnings at every reset
-        self.simpler, spec = env_id in dict(SIMPLER.values()), REGISTERED_ENVS[env_id]
-        self.max_episode_steps = 48 if self.simpler and protocol == "paper" else spec.max_episode_steps
-        modes = spec.cls.SUPPORTED_OBS_MODES  # the photograph needs the segmentation
-        rgb = "rgb+segmentation" if "rgb+segmentation" in modes else "rgb"
-        self.env = spec.make(num_envs=1, obs_mode="state" if obs_mode == "state" else rgb, **backends)
-        if "success" not in self.env.get_info():
-            raise ValueError(f"{env_id} does not say what success is")
-        self.action_dim = self.env.single_action_space.shape[0]
-        words = re.sub("(?<=[a-z0-9])(?=[A-Z])", " ", env_id.rsplit("-v", 1)[0]).lower()
-        self.prompts = {env_id: getattr(self.env, "get_language_instruction", lambda: [words])()[0]}
-
-    def reset(self, task, state):
-        # SIMPLER's objects settle with the robot where the last episode left it: a new scene forgets that
-        options = {"episode_id": int(state), "reconfigure": True} if self.simpler else {}
-        self.obs, self.info = self.env.reset(seed=int(state), options=options)
-        self.grasped = False
-
-    def observe(self):
-        if self.obs is None:  # with info: otherwise SIMPLER's count of consecutive grasps would go up
-            self.obs = self.env.get_obs(self.info)
-        if self.env.obs_mode == "state":
-            return {"images": np.zeros((0, 1, 1, 3), np.uint8), "state": np.float32(self.obs[0].numpy())}
-        images = [camera["rgb"][0].numpy() for camera in self.obs["sensor_data"].values()]
-        state = self.env.agent.robot.get_qpos()
-        if not self.simpler:
-            from mani_skill.utils.common import flatten_state_dict
-
-            state = flatten_state_dict({k: self.obs[k] for k in ("agent", "extra")}, use_torch=True)
-        return {"images": np.stack(images), "state": np.float32(state[0].numpy())}
-
-    def step(self, action):
-        """ManiSkill's own step without its observation, which draws a picture, and without its reward."""
-        action = np.array(action, np.float32)
-        if self.simpler:
-            action[6] = 1 if action[6] > 0.5 else -1
-        self.env._step_action(action)
-        self.env._elapsed_steps += 1
-        self.obs, self.info = None, self.env.get_info()
-        success, reward = bool(self.info["success"]), float(self.info["success"])
-        if self.simpler and self.info["is_src_obj_grasped"] and not self.grasped:  # once in an episode
-            self.grasped, reward = True, reward + 0.1
-        return reward, success
-
-    def render(self, size):
-        from PIL import Image
-
-        # SIMPLER's camera for people lacks the photograph behind the robot
-        picture = self.observe()["images"][0] if self.simpler else self.env.render_rgb_array()[0].numpy()
-        return np.asarray(Image.fromarray(picture).resize((size, size)))
+def select_rows(obs: dict, rows: np.ndarray) -> dict:
+    """The observation of some of the environments; rows is an index array."""
+    return {k: [v[i] for i in rows] if isinstance(v, list) else v[rows] for k, v in obs.items()}
 
 
 class Block(gym.Env):
@@ -429,32 +166,38 @@ class Block(gym.Env):
 
 
 def describe(build):
-    """What has to be known before the processes begin: step limit, sizes, prompts."""
+    """What has to be known before the processes begin."""
     simulator = build()
     simulator.reset(0, 0)
-    images, state = (simulator.observe()[key].shape for key in ("images", "state"))
-    return simulator.max_episode_steps, simulator.action_dim, simulator.prompts, images, state
+    names = "prompts", "action_dim", "max_episode_steps", "num_eval_states", "train_states"
+    shapes = {key: value.shape for key, value in simulator.observe().items()}
+    return shapes | {name: getattr(simulator, name) for name in names}
 
 
 class Simulators(gym.vector.VectorEnv):
     """Simulators in at most as many processes as there are cores. An episode: a task and an initial state."""
 
-    def __init__(self, env_id, build, eval_states, train_states, num_envs, seed, partial_reset, group_size):
-        self.env_id, self.num_envs, self.group_size = env_id, num_envs, group_size
-        self.partial_reset, self.eval_states, self.train_states = partial_reset, eval_states, train_states
+    def __init__(self, env_id, build, num_envs, seed, partial_reset, group_size):
+        self.env_id, self.num_envs = env_id, num_envs
+        self.partial_reset, self.group_size = partial_reset, group_size
         try:  # one first, where an error can be told in a line, in a process, where nothing is left of it
             with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
-                self.max_episode_steps, dim, prompts, images, state = pool.submit(describe, build).result()
+                told = pool.submit(describe, build).result()
+        except ModuleNotFoundError as error:
+            fail(f"{env_id}: {build.func.__name__} is not installed here ({error}): make install")
         except Exception as error:
             what = (str(error).strip() or type(error).__name__).splitlines()[0]
             advice = "" if isinstance(error, ValueError) else " (make install; as root, make apt; make check)"
             fail(f"{env_id}: {what}{advice}")
-        self.tasks, self.prompts = list(prompts), list(prompts.values())
+        self.max_episode_steps, self.train_states = told["max_episode_steps"], told["train_states"]
+        self.tasks, self.prompts = list(told["prompts"]), list(told["prompts"].values())
+        self.eval_states = told["num_eval_states"]  # per task
         self.num_eval_states = self.eval_states * len(self.tasks)
         self.num_eval_envs = min(self.num_eval_states, num_envs)  # at once
-        images, state = spaces.Box(0, 255, images, np.uint8), spaces.Box(-np.inf, np.inf, state, np.float32)
+        images = spaces.Box(0, 255, told["images"], np.uint8)
+        state = spaces.Box(-np.inf, np.inf, told["state"], np.float32)
         self.single_observation_space = spaces.Dict({"images": images, "state": state})
-        self.single_action_space = spaces.Box(-1, 1, (dim,), np.float32)
+        self.single_action_space = spaces.Box(-1, 1, (told["action_dim"],), np.float32)
         self.action_space = batch_space(self.single_action_space, num_envs)
         workers = max(n for n in range(1, len(os.sched_getaffinity(0)) + 1) if num_envs % n == 0)
         size = num_envs // workers
@@ -468,7 +211,7 @@ class Simulators(gym.vector.VectorEnv):
         self.alive, self.success = np.zeros((2, num_envs), bool)
         self.returned = np.zeros(num_envs, np.float32)
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         if seed is not None:
             self.rng = np.random.default_rng(seed)
         eval_states = (options or {}).get("eval_states")
@@ -509,7 +252,7 @@ class Simulators(gym.vector.VectorEnv):
         obs = {key: value.reshape(self.num_envs, *value.shape[2:]) for key, value in obs.items()}
         return obs | {"prompt": [self.prompts[task] for task in self.task]}
 
-    def step_chunk(self, actions):
+    def step_chunk(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         """Executes actions (N, C, D) in turn; an environment whose episode ends midway ignores the rest."""
         actions, size = np.asarray(actions, np.float32), self.num_envs // len(self.blocks)
         if actions.ndim != 3 or actions.shape[::2] != self.action_space.shape:
@@ -547,7 +290,7 @@ class Simulators(gym.vector.VectorEnv):
                 obs = self._begin(ended, *self._draw(ended.sum()))
         return obs, reward, terminated, truncated, info
 
-    def expert_action(self, aim_error=0):  # MetaWorld's scripted experts
+    def expert_action(self, aim_error=0):
         return np.concatenate(self._ask("call", "expert_action"))
 
     def close(self):
@@ -558,7 +301,7 @@ class Simulators(gym.vector.VectorEnv):
             self.processes.closed, self.processes = True, None
 
 
-def write_gif(path, frames, caption="", fps=10):
+def write_gif(path: str | Path, frames: Sequence[np.ndarray], caption: str = "", fps: int = 10):
     """Frames (T, H, W, 3) uint8 as an animation, with a line of text under them."""
     from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -576,13 +319,12 @@ def write_gif(path, frames, caption="", fps=10):
 def check():
     """A table of what works here: each simulator for some steps, in a process of its own."""
     print(f"| {'simulator':22} | {'mode':5} | result\n| {'-' * 22} | ----- | ------")
-    for trial in ("tabletop rgb", "metaworld_reach-v3 state", "metaworld_reach-v3 rgb", "libero_goal state",
-                  "libero_goal rgb", "maniskill:PickCube-v1 state", "maniskill:PickCube-v1 rgb",
-                  "maniskill_carrot rgb"):  # fmt: skip
-        command = [sys.executable, __file__, "--try", *trial.split()]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        told = (done.stderr if done.returncode else done.stdout).strip() or f"exit code {done.returncode}"
-        print("| {:22} | {:5} |".format(*trial.split()), told.splitlines()[-1].removeprefix("error: "))
+    for place in SIMULATORS.values():
+        for trial in pkgutil.resolve_name(place).trials:
+            command = [sys.executable, __file__, "--try", *trial]
+            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            told = (done.stderr if done.returncode else done.stdout).strip() or f"exit code {done.returncode}"
+            print("| {:22} | {:5} |".format(*trial), told.splitlines()[-1].removeprefix("error: "))
 
 
 def attempt(env_id, mode):

@@ -5,6 +5,8 @@ On LIBERO these are its 500 initial states, on MetaWorld 50 seeds a task (MT50, 
 classes are reported too, on SIMPLER every layout.
 With `--stochastic` the same states are also played with the noise that RL explores with; the difference is
 the train-eval gap of the paper's Table 6. Every state is one episode; success at any step of it is success.
+K, the length of a chunk and the noise are those that a checkpoint was trained with (its args.json), else the
+defaults for the environment (paper.toml), unless a flag says otherwise; the protocol line says which.
 
     python evaluate.py                                                     # checkpoints/tabletop-sft
     python evaluate.py --checkpoints checkpoints/tabletop-sft runs/.../checkpoint --capture-video demo.gif
@@ -17,6 +19,8 @@ import math
 import os
 import textwrap
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -24,9 +28,11 @@ import torch
 import tyro
 
 import flow_sde_ppo
-from envs import METAWORLD, make_envs, write_gif
+from envs import make_envs, write_gif
+from flags import fail
 from flow_sde_ppo import Agent, evaluate
-from pi_models import fail, load_policy
+from pi_models import load_policy
+from simulators.metaworld import METAWORLD
 
 
 @dataclass
@@ -55,18 +61,60 @@ class Args:
     """auto is cuda where there is one"""
     num_threads: int = 1
     """CPU threads of torch; at tiny size more threads than idle cores are several times slower"""
-    chunk_len: int = flow_sde_ppo.Args.chunk_len
-    """actions executed per chunk, at most the policy's horizon"""
-    denoise_steps: int = flow_sde_ppo.Args.denoise_steps
+    chunk_len: int | None = None
+    """actions executed per chunk, at most the policy's horizon (None, here and below: see above)"""
+    denoise_steps: int | None = None
     """K, integration steps from noise to action"""
-    noise: Literal["sde", "learned"] = flow_sde_ppo.Args.noise
+    noise: Literal["sde", "learned"] | None = None
     """the SDE's, or that of the checkpoint's noise head (this one and the next three are for --stochastic)"""
-    noise_level: float = flow_sde_ppo.Args.noise_level
+    noise_level: float | None = None
     """a, the scale of the SDE's noise"""
-    sde_solver: Literal["euler", "cps"] = flow_sde_ppo.Args.sde_solver
+    sde_solver: Literal["euler", "cps"] | None = None
     """Euler-Maruyama (Eq. 9) or Flow-CPS"""
-    mdp: Literal["hybrid", "two-layer"] = flow_sde_ppo.Args.mdp
+    mdp: Literal["hybrid", "two-layer"] | None = None
     """noise in one random denoise step of a chunk, or in every one"""
+
+
+SAMPLER = ("chunk_len", "denoise_steps", "noise", "noise_level", "sde_solver", "mdp")
+
+
+def sampler(args, checkpoint, policy):
+    """How a checkpoint is played: the values of SAMPLER, and in words who chose them."""
+    chosen = vars(flow_sde_ppo.defaults(args.env_id, policy.config.variant))
+    chosen, source = {name: chosen[name] for name in SAMPLER}, f"defaults for {args.env_id}"
+    for file in (Path(checkpoint, "args.json"), Path(checkpoint).parent / "args.json"):
+        if file.is_file():
+            try:
+                told = dict(json.loads(file.read_text()))
+            except (ValueError, TypeError) as error:
+                fail(f"{file} cannot be read: {error}")
+            told = {name: told[name] for name in SAMPLER if name in told}
+            for name, value in told.items():
+                if type(value) is not type(chosen[name]):
+                    fail(f"{file} cannot be read: {name} is {value!r}")
+            chosen, source = chosen | told, "as it was trained"
+            break
+    flags = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
+    chosen = SimpleNamespace(**chosen | flags)
+    if flags:
+        source = ", ".join([source, *(f"--{name.replace('_', '-')}" for name in flags)])
+    smallest = 2 if chosen.sde_solver == "cps" else 1
+    for wrong, message in [
+        (chosen.chunk_len < 1, "--chunk-len must be at least 1"),
+        (chosen.denoise_steps < smallest, f"--denoise-steps must be at least {smallest}"),
+        (args.stochastic and chosen.noise_level <= 0, "--noise-level must be above 0 with --stochastic"),
+        (
+            chosen.chunk_len > policy.config.horizon,
+            f"--chunk-len {chosen.chunk_len}: the horizon of {checkpoint} is {policy.config.horizon}",
+        ),
+        (
+            args.stochastic and chosen.noise == "learned" and policy.noise_head is None,
+            f"--noise learned: {checkpoint} has no noise head, it was not trained with learned noise",
+        ),
+    ]:
+        if wrong:
+            fail(message)
+    return chosen, source
 
 
 def wilson(successes, episodes, z=1.959964):
@@ -128,15 +176,20 @@ def markdown(report):
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     table = "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
-    noise = ""
-    if p["stochastic"]:
-        level = f"{p['sde_solver']}, level {p['noise_level']}" if p["noise"] == "sde" else "learned noise"
-        noise = f" and with noise ({p['mdp']}, {level})"
+    played = {}  # how: the policies that are played so
+    for result in (r for r in results if r["deterministic"]):
+        x = result["sampler"]
+        how = f"chunks of {x['chunk_len']}, K = {x['denoise_steps']} ({result['sampler_source']}), "
+        how += "deterministic ODE"
+        if p["stochastic"]:
+            level = f"{x['sde_solver']}, level {x['noise_level']}" if x["noise"] == "sde" else "learned noise"
+            how += f" and with noise ({x['mdp']}, {level})"
+        played.setdefault(how, []).append(result["name"].removesuffix(", ODE"))
+    played = [how if len(played) == 1 else f"{how} ({', '.join(who)})" for how, who in played.items()]
     return (
         f"{table}\n\nProtocol: {p['env_id']}, {p['obs_mode']} observations, {p['num_states']} fixed states, "
-        f"at most {p['max_episode_steps']} steps ({p['eval_protocol']}'s limit), chunks of {p['chunk_len']}, "
-        f"K = {p['denoise_steps']}, "
-        f"deterministic ODE{noise}, evaluation seed {', '.join(map(str, p['seeds']))}, torch {p['torch']}."
+        f"at most {p['max_episode_steps']} steps ({p['eval_protocol']}'s limit), {'; '.join(played)}, "
+        f"evaluation seed {', '.join(map(str, p['seeds']))}, torch {p['torch']}."
     )
 
 
@@ -174,14 +227,11 @@ def draw_video(rows, prompts):
 def main(args):
     # -- the user's mistakes
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    gif, smallest_k = args.capture_video, 2 if args.sde_solver == "cps" else 1
+    gif = args.capture_video
     for wrong, message in [
         (not args.checkpoints or not args.seeds, "--checkpoints and --seeds need at least one value"),
         (len(args.labels) not in (0, len(args.checkpoints)), "--labels: give one per checkpoint"),
-        (min(args.num_threads, args.chunk_len, args.num_envs) < 1,
-         "--num-threads, --chunk-len and --num-envs must be at least 1"),
-        (args.denoise_steps < smallest_k, f"--denoise-steps must be at least {smallest_k}"),
-        (args.stochastic and args.noise_level <= 0, "--noise-level must be above 0 with --stochastic"),
+        (min(args.num_threads, args.num_envs) < 1, "--num-threads and --num-envs must be at least 1"),
         (gif and not gif.endswith(".gif"), f"--capture-video {gif}: the name must end in .gif"),
         (device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:
@@ -194,13 +244,9 @@ def main(args):
         envs = make_envs(args.env_id, envs.num_eval_envs, 0, partial_reset=False, **mode)
     num_states = envs.num_eval_states
     policies = [load_policy(checkpoint, device) for checkpoint in args.checkpoints]
-    for checkpoint, policy in zip(args.checkpoints, policies):
-        if args.chunk_len > policy.config.horizon:
-            fail(f"--chunk-len {args.chunk_len}: the horizon of {checkpoint} is {policy.config.horizon}")
-        if envs.single_action_space.shape != (policy.env_action_dim,):
-            fail(f"{checkpoint} has actions of {policy.env_action_dim} numbers, {args.env_id} has others")
-        if args.stochastic and args.noise == "learned" and policy.noise_head is None:
-            fail(f"--noise learned: {checkpoint} has no noise head, it was not trained with learned noise")
+    samplers = [sampler(args, *pair) for pair in zip(args.checkpoints, policies)]
+    for policy in policies:
+        policy.check_robot(*(envs.single_observation_space["state"].shape + envs.single_action_space.shape))
         policy.fit_prompts(envs.prompts)
     for path in filter(None, (args.json, gif)):
         try:
@@ -220,16 +266,16 @@ def main(args):
     shown = np.linspace(0, min(max(len(envs.tasks), 6), envs.num_envs) - 1, columns)
     shown = np.ceil(shown).astype(int)
     results, rows = [], []
-    for label, checkpoint, policy in zip(args.labels or names, args.checkpoints, policies):
-        agent = Agent(policy, args)
+    for label, checkpoint, policy, chosen in zip(args.labels or names, args.checkpoints, policies, samplers):
+        agent, played = Agent(policy, chosen[0]), {"sampler": vars(chosen[0]), "sampler_source": chosen[1]}
         for ode in (True, False)[: 1 + args.stochastic]:
-            kind = "ODE" if ode else "SDE" if args.noise == "sde" else "learned noise"
+            kind = "ODE" if ode else "SDE" if chosen[0].noise == "sde" else "learned noise"
             name = f"{label}, {kind}" if args.stochastic else label
             print(f"evaluating {name}: {num_states} episodes, seeds {args.seeds}", flush=True)
             record = shown[-1] + 1 if gif and ode else 0
             runs = [evaluate(agent, envs, ode, seed, 0 if i else record) for i, seed in enumerate(args.seeds)]
             summary = summarize(runs, expert, envs.tasks)
-            results.append({"name": name, "checkpoint": checkpoint, "deterministic": ode} | summary)
+            results.append({"name": name, "checkpoint": checkpoint, "deterministic": ode} | played | summary)
             if record:
                 title = f"{label}: success in {summary['success_rate']:.1%} of {summary['episodes']} episodes"
                 film = (frame[shown].reshape(-1, 128, 2, 128, 2, 3) for frame in runs[0]["frames"])

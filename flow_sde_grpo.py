@@ -23,20 +23,24 @@ import json
 import math
 import os
 import time
+import tomllib
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs import make_envs, select_rows, write_gif
-from pi_models import fail, load_policy, save_policy
+from flags import as_command, fail, parse
+from pi_models import Policy, Prefix, load_policy, save_policy
 
 
 @dataclass
@@ -47,7 +51,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cuda where there is one
     num_threads: int = 1  # CPU threads of torch; at tiny size more than there are idle cores are slower
     run_dir: str = "runs"  # results go to {run_dir}/{env_id}__{exp_name}__{seed}__{time}
-    track: bool = False  # log to Weights & Biases too (pip install wandb)
+    track: bool = False  # log to Weights & Biases too, by WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE
     capture_video: bool = False  # write a GIF of the first evaluation episodes at every evaluation
     save_model: bool = True  # save the policy at the end, and every `save_freq` iterations
     save_freq: int = 50  # iterations between checkpoints
@@ -55,7 +59,7 @@ class Args:
 
     # environment
     env_id: str = "tabletop"  # environment; an unknown name lists the nearest ones
-    model: Literal["tiny", "pi0", "pi05"] = "pi0"  # the paper's row for --env-id, see PAPER
+    model: Literal["tiny", "pi0", "pi05"] = "pi0"  # whose row of paper.toml, together with --env-id
     checkpoint: str = "checkpoints/tabletop-sft"  # policy to start from: a folder, a hub id, or "tiny"
     obs_mode: Literal["rgb", "fast", "state"] = "rgb"  # fast: no shadows; state: numbers, no pictures
     eval_protocol: Literal["paper", "openpi"] = "paper"  # whose step limits
@@ -78,7 +82,7 @@ class Args:
     lora_rank: int = 32  # rank of the adapters
     lora_alpha: int = 32  # their scale is alpha / rank
 
-    # this algorithm
+    # algorithm
     denoise_steps: int = 4  # K, integration steps from noise to action
     noise: Literal["sde", "learned"] = "sde"  # of a denoise step: the SDE's (Eq. 9) or a noise head's
     noise_level: float = 1.0  # a, the scale of the SDE's noise (Eq. 9)
@@ -90,44 +94,24 @@ class Args:
     kl_coef: float = 0.0  # weight of the KL divergence from the policy at the start
 
 
-# The paper's Tables 7 and 8 (MetaWorld: the authors' published configuration): what --env-id, which begins
-# so, and --model choose where no flag says otherwise. Their 8 rollouts are 8 times the chunks here.
-COLUMNS = ("num_envs num_steps chunk_len num_minibatches update_epochs learning_rate critic_learning_rate "
-           "denoise_steps noise_level iterations checkpoint lr_schedule").split()  # fmt: skip
-PAPER = {
-    ("libero_spatial", "pi0"): (64, 384, 5, 12, 2, 1e-5, 1e-4, 4, 0.5, 400, "LIBERO-Spatial-Object-Goal"),
-    ("libero_object", "pi0"): (64, 512, 5, 16, 2, 5e-6, 1e-4, 4, 0.5, 400, "LIBERO-Spatial-Object-Goal"),
-    ("libero_goal", "pi0"): (64, 512, 5, 16, 4, 5e-6, 1e-4, 4, 0.5, 400, "LIBERO-Spatial-Object-Goal"),
-    ("libero_10", "pi0"): (64, 384, 10, 12, 4, 5e-6, 1e-4, 4, 0.5, 400, "LIBERO-Long"),
-    ("libero_spatial", "pi05"): (64, 384, 5, 12, 1, 5e-6, 1e-4, 3, 0.5, 400, "LIBERO"),
-    ("libero_object", "pi05"): (64, 512, 5, 16, 1, 5e-6, 1e-4, 5, 0.3, 400, "LIBERO"),
-    ("libero_goal", "pi05"): (64, 512, 5, 16, 3, 5e-6, 1e-4, 5, 0.3, 400, "LIBERO"),
-    ("libero_10", "pi05"): (64, 384, 10, 12, 4, 5e-6, 1e-4, 5, 0.5, 400, "LIBERO", "cosine"),
-    ("maniskill_cube", "pi0"): (256, 10, 5, 1, 4, 5.6e-6, 1.1e-4, 4, 0.5, 130, "ManiSkill-25Main"),
-    ("maniskill_cube", "pi05"): (256, 10, 5, 1, 4, 5.6e-6, 1.1e-4, 4, 0.5, 70, "ManiSkill-25Main"),
-    ("maniskill_", ""): (256, 10, 5, 1, 4, 5.6e-6, 1.1e-4, 4, 0.5, 40, "ManiSkill-25Main"),
-    ("metaworld_", ""): (64, 160, 5, 5, 4, 1e-5, 1e-4, 5, 0.5, 1000, "MetaWorld"),
-}
-
-
-def defaults(args):
-    """Args with the paper's row, or for the tiny policy, which knows the tabletop only, a short trial."""
-    if args.env_id.startswith("tabletop"):
+def defaults(env_id: str, model: str) -> Args:
+    """Args with the paper's row (paper.toml); for the tiny policy, which knows the tabletop only, a trial."""
+    if env_id.startswith("tabletop"):
         return Args()
-    if args.model == "tiny":
+    if model == "tiny":
         return Args(checkpoint="tiny", num_envs=2, total_timesteps=1000, eval_freq=-1)
-    rows = [row for (env, of), row in PAPER.items() if args.env_id.startswith(env) and of in ("", args.model)]
-    if not rows:
+    row, paper = {}, tomllib.loads((Path(__file__).parent / "paper.toml").read_text())
+    for name, columns in paper.get(model, {}).items():  # from the general to the special
+        row |= columns if name == "all" or env_id.startswith(name) else {}
+    if "checkpoint" not in row:
         return Args(checkpoint="")  # has to be given
-    row = dict(zip(COLUMNS, rows[0]), gamma=0.99, gae_lambda=0.95, max_grad_norm=1.0)
-    row["checkpoint"] = f"RLinf/RLinf-{args.model.capitalize()}-{row['checkpoint']}-SFT"
-    row["total_timesteps"] = row.pop("iterations") * row["num_envs"] * row["num_steps"] * row["chunk_len"]
-    row |= dict(zip(("noise_std_min", "noise_std_max"), (0.08, 0.16) if args.model == "pi0" else (0.04, 0.1)))
-    row["critic"] = "expert" if args.model == "pi0" else "vlm"
-    return Args(**{name: value for name, value in row.items() if hasattr(Args, name)})  # GRPO has no critic
+    row["num_steps"] = row["rollout_epochs"] * math.ceil(row["interaction_steps"] / row["chunk_len"])
+    row["num_minibatches"] = row["num_envs"] * row["num_steps"] // row["batch_size"]
+    row["total_timesteps"] = row["train_epochs"] * row["num_envs"] * row["num_steps"] * row["chunk_len"]
+    return Args(**{name: value for name, value in row.items() if hasattr(Args, name)})
 
 
-def transition(x, velocity, tau, delta, noise_level, solver="euler"):
+def transition(x: Tensor, velocity: Tensor, tau: Tensor, delta: float, noise_level: float, solver="euler"):
     """Eq. 9 in the right clock: the Gaussian A^{tau+delta} | A^tau of an SDE with the ODE's marginals.
 
     tau = 0 is noise and tau = 1 is the action. The noise pushes x off the flow and the score pulls it back;
@@ -147,7 +131,7 @@ def transition(x, velocity, tau, delta, noise_level, solver="euler"):
     return mu, std  # (B, H, D), (B, 1, 1)
 
 
-def log_prob(x_next, mu, std, chunk_len, action_dim):
+def log_prob(x_next: Tensor, mu: Tensor, std: Tensor, chunk_len: int, action_dim: int) -> Tensor:
     """log N(x_next; mu, std) of a chunk: the sum over executed steps and real action dims, not padding."""
     terms = -0.5 * ((x_next - mu) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)  # (B, H, D)
     return terms[:, :chunk_len, :action_dim].sum(dim=(1, 2))  # (B,)
@@ -156,7 +140,7 @@ def log_prob(x_next, mu, std, chunk_len, action_dim):
 class Agent:
     """The policy as RL sees it: random, and able to say how probable a stored chunk is under its weights."""
 
-    def __init__(self, policy, args):
+    def __init__(self, policy: Policy, args: Args):
         self.policy, self.chunk_len, self.action_dim = policy, args.chunk_len, policy.env_action_dim
         self.K, self.delta, self.noise = args.denoise_steps, 1 / args.denoise_steps, args.noise
         self.noise_level, self.solver, self.hybrid = args.noise_level, args.sde_solver, args.mdp == "hybrid"
@@ -164,7 +148,14 @@ class Agent:
         self.num_stochastic = self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
         self.reference = None  # the agent at the start, when there is a KL penalty
 
-    def step(self, prefix, x, tau):
+    @torch.no_grad()
+    def encode(self, obs: dict) -> tuple[Prefix, dict[str, Tensor]]:
+        """The prefix, and what the update needs for it: a frozen VLM's prefix itself, or else its inputs."""
+        inputs = self.policy.preprocess(obs)
+        prefix = self.policy.encode(inputs)
+        return prefix, inputs if self.policy.vlm_trained else prefix._asdict()
+
+    def step(self, prefix: Prefix, x: Tensor, tau: Tensor):
         """The velocity at x, and mean and std of the Gaussian that the next x is drawn from."""
         velocity, features = self.policy.velocity(prefix, x, tau)
         if self.noise == "learned":  # the paper's Fig. 7: the noise of flow_noise_ppo.py (Eq. 4)
@@ -172,7 +163,7 @@ class Agent:
         return velocity, *transition(x, velocity, tau, self.delta, self.noise_level, self.solver)
 
     @torch.no_grad()
-    def act(self, prefix, generator, deterministic=False):
+    def act(self, prefix: Prefix, generator: torch.Generator, deterministic=False):
         """Denoise from A^0 ~ N(0, I): chain (B, K+1, H, D), its random steps, log-prob of the decisions."""
         B, device, c = len(prefix.mask), prefix.mask.device, self.policy.config
         denoise_idx = torch.arange(self.noisy_steps, device=device).expand(B, -1)  # every step
@@ -182,18 +173,20 @@ class Agent:
         chain, logprobs = [x], []
         for k in range(self.K):
             tau = torch.full((B,), k / self.K, device=device)
-            velocity, mu, std = self.step(prefix, x, tau)
-            x_next = x + velocity * self.delta  # Eq. 6
-            if not deterministic:
+            if deterministic:
+                velocity, _ = self.policy.velocity(prefix, x, tau)
+                x = x + velocity * self.delta  # Eq. 6
+            else:
+                velocity, mu, std = self.step(prefix, x, tau)
                 sample = mu + std * torch.randn(x.shape, generator=generator, device=device)  # Eq. 10
-                x_next = torch.where((denoise_idx == k).any(dim=1)[:, None, None], sample, x_next)
-                logprobs.append(log_prob(x_next, mu, std, self.chunk_len, self.action_dim))
-            x = x_next
+                decides = (denoise_idx == k).any(dim=1)[:, None, None]  # (B, 1, 1)
+                x = torch.where(decides, sample, x + velocity * self.delta)
+                logprobs.append(log_prob(x, mu, std, self.chunk_len, self.action_dim))
             chain.append(x)
         logprob = None if deterministic else torch.stack(logprobs, dim=1).gather(1, denoise_idx)
         return torch.stack(chain, dim=1), denoise_idx, logprob
 
-    def evaluate_actions(self, prefix, chain, denoise_idx):
+    def evaluate_actions(self, prefix: Prefix, chain: Tensor, denoise_idx: Tensor):
         """Log-prob and entropy of stored decisions, and std of their steps, under the present weights."""
         k = denoise_idx.flatten()  # (B * S,)
         row = torch.arange(len(chain), device=chain.device).repeat_interleave(self.num_stochastic)
@@ -204,7 +197,49 @@ class Agent:
         return logprob.view_as(denoise_idx), entropy.view_as(denoise_idx), std
 
 
-def compute_advantages(rewards, alive, group_size, eps=1e-6):
+def now(device: torch.device) -> float:
+    """Seconds on a clock that waits for the GPU's work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def rollout(agent, envs, seen, batch, generator):
+    """T chunks of every environment, written into the batch: where the two layers of the MDP meet.
+
+    Inside, the agent denoises: its decisions take no environment step, earn nothing and are not discounted
+    (Eqs. 11, 12). Outside, the environment executes the finished chunk and pays R_t = sum_j r_{t,j}.
+    Every observation is encoded once, here, and its prefix serves all epochs of the update. `seen` is the
+    present observation with its encoding. Returns the last one, the episodes that ended (success, return,
+    length), the executed steps and the seconds of encoding.
+    """
+    obs, prefix, inputs = seen
+    episodes, steps, encode_time, device = [], 0, 0.0, agent.policy.device
+    for t in range(len(batch.chain)):
+        # -- the inner layer: from noise to an action chunk
+        chain, denoise_idx, logprob = agent.act(prefix, generator)
+        for name, field in inputs.items():
+            batch.inputs[name][t] = field
+        batch.chain[t], batch.denoise_idx[t], batch.logprob[t] = chain, denoise_idx, logprob
+
+        # -- the outer layer: the chunk in the environment
+        actions = agent.policy.postprocess(chain[:, -1], obs)[:, : agent.chunk_len]  # (N, C, action_dim)
+        obs, reward, terminated, truncated, info = envs.step_chunk(actions)
+        batch.reward[t] = torch.from_numpy(reward.sum(axis=1))
+        batch.terminated[t] = torch.from_numpy(terminated)
+        batch.truncated[t] = torch.from_numpy(truncated)
+        batch.alive[t] = torch.from_numpy(info["alive"])
+        done = terminated | truncated
+        episodes += zip(*(info[key][done] for key in ("success", "episode_return", "episode_length")))
+        steps += int(info["steps"].sum())
+        tick = now(device)
+        prefix, inputs = agent.encode(obs)
+        encode_time += now(device) - tick
+    return (obs, prefix, inputs), episodes, steps, encode_time
+
+
+def compute_advantages(rewards: Tensor, alive: Tensor, group_size: int, eps=1e-6) -> Tensor:
     """Eq. 17. rewards and alive (T, N); a group is `group_size` neighbours, which started from one state."""
     returns = rewards.sum(dim=0).view(-1, group_size)  # (G, group_size): R^(j)
     advantages = returns - returns.mean(dim=1, keepdim=True)
@@ -214,7 +249,7 @@ def compute_advantages(rewards, alive, group_size, eps=1e-6):
     return (advantages.flatten() * chunks.mean() / chunks).expand_as(rewards)[..., None]  # (T, N, 1)
 
 
-def update(agent, optimizer, batch, args, generator):
+def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     """GRPO on the chunks whose episode differs from its group: clipped surrogate (Eqs. 14-15)."""
     names = ("chain", "denoise_idx", "logprob", "advantages")
     chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
@@ -257,7 +292,7 @@ def update(agent, optimizer, batch, args, generator):
 
 
 @torch.no_grad()
-def evaluate(agent, envs, deterministic=True, seed=0, record=0):
+def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
     """One episode from each fixed evaluation state, by the ODE: success, length, task (M,) and frames."""
     generator = torch.Generator(agent.policy.device).manual_seed(seed)
     states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
@@ -284,26 +319,34 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0):
     return {"success": success.astype(bool), "length": length, "task": task, "frames": frames}
 
 
-def main(args):
-    # -- the user's mistakes, before anything is written
-    for count in ("num_threads num_envs num_steps chunk_len total_timesteps update_epochs num_minibatches "
-                  "save_freq denoise_steps").split():  # fmt: skip
+def check(args: Args):
+    """The user's mistakes, before anything is built or written."""
+    counts = ("num_threads", "num_envs", "num_steps", "chunk_len", "total_timesteps", "update_epochs")
+    counts += ("num_minibatches", "save_freq", "denoise_steps")
+    for count in counts:
         if getattr(args, count) < 1:
             fail(f"--{count.replace('_', '-')} must be at least 1")
     batch_size, low, high = args.num_envs * args.num_steps, args.noise_std_min, args.noise_std_max
+    odd = f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"
     for wrong, message in [
         (args.sde_solver == "cps" and args.denoise_steps < 2, "--denoise-steps must be at least 2 (cps)"),
         (args.noise_level <= 0, "--noise-level must be above 0: without noise there is nothing to explore"),
         (not 0 < low <= high, "--noise-std-min must be above 0 and at most --noise-std-max"),
-        (batch_size % args.num_minibatches,
-         f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"),
-        (args.group_size < 2, "--group-size must be at least 2"),
-        (args.kl_coef and args.train != "expert", "--kl-coef is for a frozen VLM, --train expert"),
+        (batch_size % args.num_minibatches, odd),
         (min(args.micro_batch_size, args.lr_warmup) < 0, "--micro-batch-size, --lr-warmup: at least 0"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
-    ]:  # fmt: skip
+        (args.group_size < 2, "--group-size must be at least 2"),
+        (args.kl_coef and args.train != "expert", "--kl-coef is for a frozen VLM, --train expert"),
+        (args.track and not find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
+    ]:
         if wrong:
             fail(message)
+
+
+def main(args: Args):
+    check(args)
+
+    # -- environments, policy, optimiser
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.num_threads)
     mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol}
@@ -313,14 +356,16 @@ def main(args):
         fail(f"--num-steps {args.num_steps}: too few for a whole episode, {envs.max_episode_steps} steps")
     torch.manual_seed(args.seed)  # initial weights of the heads
     policy = load_policy(args.checkpoint, device)
+    robot = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
     if args.checkpoint == "tiny" and not args.env_id.startswith("tabletop"):  # whose robot it knows
-        policy.fit_robot(envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0])
+        policy.fit_robot(*robot)
+    policy.check_robot(*robot)
     if args.chunk_len > policy.config.horizon:
         fail(f"--chunk-len {args.chunk_len} is larger than the policy's horizon, {policy.config.horizon}")
     policy.fit_prompts(envs.prompts)
     policy.set_trained(args.train, args.lora_rank, args.lora_alpha)
     if args.noise == "learned":
-        policy.need_noise_head(low, high)
+        policy.need_noise_head(args.noise_std_min, args.noise_std_max)
     agent = Agent(policy, args)
     if args.kl_coef:  # the expert as it is now; of the VLM, which is frozen, one copy is enough
         vlm = {id(module): module for module in policy.vlm_modules}
@@ -340,24 +385,15 @@ def main(args):
     if args.track:
         import wandb
 
-        wandb.init(project="piRL", name=run_name, config=asdict(args), sync_tensorboard=True)
+        os.environ.setdefault("WANDB_PROJECT", "piRL")
+        wandb.init(name=run_name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(folder)
-    print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(args).items()))
-
-    def now():
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    @torch.no_grad()
-    def encode(obs):  # also what the update needs: a frozen VLM's prefix itself, or else its inputs
-        inputs = policy.preprocess(obs)
-        prefix = policy.encode(inputs)
-        return prefix, inputs if policy.vlm_trained else prefix._asdict()
+    print(as_command(os.path.basename(__file__), args))
+    iteration, global_step, curve = 0, 0, []
 
     def save():
         card = f"# {run_name}\n\nFrom {args.checkpoint}, {global_step} steps, see args.json.\n"
-        save_policy(policy, f"{folder}/checkpoint", card)
+        save_policy(policy, f"{folder}/checkpoint", card, asdict(args))
 
     def log_evaluation():
         result = evaluate(agent, eval_envs, record=6 if args.capture_video else 0)
@@ -371,62 +407,43 @@ def main(args):
     policy_rng, shuffle_rng = (torch.Generator(device).manual_seed(2 * args.seed + i) for i in range(2))
     envs.on_failure = save if args.save_model else None  # when a simulator breaks down
     obs, _ = envs.reset()
-    prefix, inputs = encode(obs)
+    seen = obs, *agent.encode(obs)
 
     def storage(*shape, dtype=torch.float32):
         return torch.zeros((args.num_steps, args.num_envs, *shape), dtype=dtype, device=device)
 
     S, c = agent.num_decisions, policy.config
     batch = SimpleNamespace(
-        inputs={name: storage(*field.shape[1:], dtype=field.dtype) for name, field in inputs.items()},
+        inputs={name: storage(*field.shape[1:], dtype=field.dtype) for name, field in seen[2].items()},
         chain=storage(args.denoise_steps + 1, c.horizon, c.action_dim),  # (T, N, K+1, H, D)
         denoise_idx=storage(agent.num_stochastic, dtype=torch.long),
-        logprob=storage(S), reward=storage(),
+        logprob=storage(S),
+        reward=storage(),
         **{name: storage(dtype=torch.bool) for name in ("terminated", "truncated", "alive")},
-    )  # fmt: skip
-    iteration, global_step, curve = 0, 0, []
+    )
     success_once = episodic_return = episodic_length = float("nan")
     success_rate = log_evaluation() if args.eval_freq >= 0 else float("nan")
     evaluations = [(0, success_rate)]
     table = csv.writer(open(f"{folder}/metrics.csv", "w", buffering=1))
     progress = tqdm(total=args.total_timesteps, unit="step", unit_scale=True)
     while global_step < args.total_timesteps:
-        began, encode_time, episodes, step_before, iteration = now(), 0.0, [], global_step, iteration + 1
+        began, iteration = now(policy.device), iteration + 1
         rise = min(iteration / (args.lr_warmup + 1), 1)
         cosine = 0.5 * (1 + math.cos(math.pi * global_step / args.total_timesteps))
         for group, lr in zip(optimizer.param_groups, (rise * args.learning_rate,)):
             group["lr"] = lr * (cosine if args.lr_schedule == "cosine" else 1)
         if not envs.partial_reset and iteration > 1:
             obs, _ = envs.reset()
-            prefix, inputs = encode(obs)
-
-        # -- rollout: every observation is encoded once, here, and its prefix serves all epochs of the update
-        for t in range(args.num_steps):
-            chain, denoise_idx, logprob = agent.act(prefix, policy_rng)
-            for name, field in inputs.items():
-                batch.inputs[name][t] = field
-            batch.chain[t], batch.denoise_idx[t], batch.logprob[t] = chain, denoise_idx, logprob
-            actions = policy.postprocess(chain[:, -1], obs)[:, : args.chunk_len]  # (N, chunk_len, action_dim)
-            obs, reward, terminated, truncated, info = envs.step_chunk(actions)
-            batch.reward[t] = torch.from_numpy(reward.sum(axis=1))  # R_t = sum_j r_{t,j}
-            batch.terminated[t] = torch.from_numpy(terminated)
-            batch.truncated[t] = torch.from_numpy(truncated)
-            batch.alive[t] = torch.from_numpy(info["alive"])
-            done = terminated | truncated
-            episodes += zip(*(info[key][done] for key in ("success", "episode_return", "episode_length")))
-            global_step += int(info["steps"].sum())
-            tick = now()
-            prefix, inputs = encode(obs)
-            encode_time += now() - tick
-        rolled = now()
-
-        # -- advantages and update
+            seen = obs, *agent.encode(obs)
+        seen, episodes, steps, encode_time = rollout(agent, envs, seen, batch, policy_rng)
+        rolled = now(policy.device)
         batch.advantages = compute_advantages(batch.reward, batch.alive, args.group_size)
         differ = batch.advantages[..., 0] != 0
         batch.alive &= differ | ~differ.any()  # an episode without an advantage teaches nothing
         metrics = update(agent, optimizer, batch, args, shuffle_rng)
         solved = batch.terminated.any(dim=0).view(-1, args.group_size)  # (G, group_size)
-        updated = now()
+        updated = now(policy.device)
+        global_step += steps
 
         # -- logs, evaluation, checkpoint
         if episodes:
@@ -435,7 +452,7 @@ def main(args):
         charts |= {"episodic_length": episodic_length, "learning_rate": optimizer.param_groups[0]["lr"]}
         charts |= {"groups_all_solved": solved.all(dim=1).sum().item()}  # these and
         charts |= {"groups_none_solved": (~solved.any(dim=1)).sum().item()}  # these are masked
-        charts["SPS"] = (global_step - step_before) / (updated - began)
+        charts["SPS"] = steps / (updated - began)
         times = {"rollout": rolled - began - encode_time, "encode": encode_time, "update": updated - rolled}
         metrics |= {f"charts/{k}": v for k, v in charts.items()} | {f"time/{k}": v for k, v in times.items()}
         last = global_step >= args.total_timesteps
@@ -452,17 +469,19 @@ def main(args):
         if args.save_model and (last or iteration % args.save_freq == 0):
             save()
         progress.set_postfix_str(f"it {iteration}, success {success_once:.3f}, eval {success_rate:.3f}")
-        progress.update(global_step - step_before)
+        progress.update(steps)
     for open_one in (progress, writer, envs):
         open_one.close()
     axes = Figure(figsize=(7, 4)).subplots()
-    axes.plot(*zip(*curve), alpha=0.6, label="training episodes (with exploration noise)")
-    axes.plot(*zip(*evaluations), "o-", label="evaluation (ODE, fixed states)")
-    axes.set(xlabel="environment steps", ylabel="success rate", ylim=(0, 1), title=run_name)
+    axes.plot(*zip(*curve), alpha=0.5, lw=1, label="training episodes (with exploration noise)")
+    axes.plot(*zip(*evaluations), "o-", color="C0", ms=4, label="evaluation (ODE, fixed states)")
+    title = f"{__doc__.split(':')[0]} on {args.env_id}, seed {args.seed}"
+    axes.set(xlabel="environment steps", ylabel="success rate", ylim=(0, 1), title=title)
+    axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     axes.figure.savefig(f"{folder}/learning_curve.png", dpi=120, bbox_inches="tight")
     print(f"success {evaluations[0][1]:.3f} -> {success_rate:.3f}; results in {folder}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, default=defaults(tyro.cli(Args))))
+    main(parse(Args, defaults))

@@ -30,7 +30,8 @@ import tyro
 from tqdm import tqdm
 
 from envs import make_envs, select_rows
-from pi_models import TINY, Policy, fail, load_policy, save_policy
+from flags import fail
+from pi_models import TINY, Policy, load_policy, save_policy
 
 
 @dataclass
@@ -155,7 +156,7 @@ def pretrain_vlm(policy, envs, args, rng):
             noise = rng.normal(0, 0.5, (envs.num_envs, rng.integers(2, 9), 3))
             obs, *_ = envs.step_chunk(envs.expert_action()[:, None] + noise)
         inputs = policy.preprocess(obs)
-        prefix = policy.encode(inputs)
+        prefix = policy.encode(inputs, pool=True)
         weight = prefix.mask[:, None, :, None] / prefix.mask.sum(1)[:, None, None, None]  # over real tokens
         read = [*(prefix.kv[:, 1:, 1] * weight).sum(2).unbind(1), prefix.pooled]
         guesses = torch.stack([head(x) for head, x in zip(goal_heads, read)], dim=1)  # (B, depth, 4)

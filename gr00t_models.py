@@ -83,7 +83,7 @@ TINY = GrootConfig(
     width=64, mlp=128, depth=4, heads=4, kv_heads=2, head_dim=32, vocab_size=259, context_depth=1,
     context_heads=4, dit_width=64, dit_depth=4, dit_heads=4, expert_width=64, future_tokens=4, positions=8,
     robots=1, robot=0, action_dim=4, state_dim=4, horizon=5, crop=1.0, tokenizer="bytes", image_token=256,
-)  # fmt: skip
+)  # fmt: skip  # sizes in rows
 
 
 class Prefix(NamedTuple):
@@ -153,7 +153,7 @@ def waves(bucket, count, last):
 class Policy(pi_models.Policy):
     """GR00T N1.5. The VLM is frozen unless `train` says otherwise, the action head learns; else like pi0."""
 
-    def __init__(self, config, stats=None):
+    def __init__(self, config: GrootConfig, stats: dict | None = None):
         # here, not at the top: importing them takes seconds, which --help should not
         from transformers import Qwen3Config, Qwen3Model, SiglipVisionConfig, SiglipVisionModel
 
@@ -169,14 +169,14 @@ class Policy(pi_models.Policy):
             hidden_size=c.vision_width, intermediate_size=c.vision_mlp, num_hidden_layers=c.vision_depth,
             num_attention_heads=c.vision_heads, image_size=c.image_size, patch_size=c.patch_size,
             vision_use_head=False,
-        ))  # fmt: skip
+        ))  # fmt: skip  # sizes in rows
         self.multi_modal_projector = nn.Linear(c.vision_width, c.width)
         self.language_model = Qwen3Model(Qwen3Config(
             hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.depth, vocab_size=c.vocab_size,
             num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
             rope_theta=1e6, initializer_range=c.width**-0.5, use_cache=False,
             bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        ))  # fmt: skip
+        ))  # fmt: skip  # sizes in rows
         self.context_norm = nn.LayerNorm(c.width)
         self.context_blocks = nn.ModuleList(Block(c.width, c.context_heads) for _ in range(c.context_depth))
         self.state_encoder = mlp(c.state_dim, c.expert_width, c.dit_width, nn.ReLU())
@@ -218,7 +218,7 @@ class Policy(pi_models.Policy):
         user = [start, *words("user\n"), *sum(pictures, []), *words(prompt), stop, *words("\n")]
         return [*system, *user, start, *words("assistant\n")]
 
-    def preprocess(self, obs):
+    def preprocess(self, obs: dict) -> dict[str, torch.Tensor]:
         """{"images" (B, cams, H, W, 3) uint8, "state" (B, S), "prompt" [B]} -> normalised tensors.
 
         "image_mask" (B, cams) bool may be there too: a missing camera is False, and not in the prompt.
@@ -269,20 +269,20 @@ class Policy(pi_models.Policy):
         low, high = map(x.new_tensor, self._scale(key))
         return torch.where(high == low, 0, 2 * (x - low) / (high - low) - 1)  # not clipped
 
-    def normalize_actions(self, actions):
+    def normalize_actions(self, actions: np.ndarray) -> torch.Tensor:
         """Simulator actions (B, H, D) -> the DiT's padded space (B, H, action_dim), the target of SFT."""
         actions = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
         padding = self.config.action_dim - actions.shape[-1]
         return F.pad(self._normalize(actions, "actions"), (0, padding))
 
-    def postprocess(self, x, obs):
+    def postprocess(self, x: torch.Tensor, obs: dict) -> np.ndarray:
         """Model actions (B, H, action_dim) -> simulator actions (B, H, env_action_dim), NumPy."""
         low, high = self._scale("actions")
         return (x[..., : len(low)].detach().cpu().numpy() + 1) / 2 * (high - low) + low
 
     # -- forward
 
-    def encode(self, inputs):
+    def encode(self, inputs: dict[str, torch.Tensor], pool=False) -> Prefix:
         """Vision and language, once per observation; what has been encoded is given back."""
         if "features" in inputs:
             return Prefix(**inputs)
@@ -317,7 +317,7 @@ class Policy(pi_models.Policy):
             self._context = prefix.features, version, graph, kv
         return kv
 
-    def velocity(self, prefix, x, tau):
+    def velocity(self, prefix: Prefix, x: torch.Tensor, tau: torch.Tensor):
         """Velocity and the DiT's output features, (N, H, ...), at x (N, H, action_dim) and tau (N,).
 
         N may be a multiple of the B rows of the prefix: then N / B neighbours share a row, which is not
@@ -435,6 +435,7 @@ def their_key(key):
 
 
 def our_key(key):
+    key = re.sub(r"\b(_orig_mod|module)\.", "", key)  # torch.compile's and DDP's
     key = renamed(key, *({theirs: ours for ours, theirs in table.items()} for table in (PLACES, INSIDE)))
     for pattern, ours in RENAMED:
         key = re.sub(pattern, ours, key)
@@ -482,7 +483,7 @@ def read_config(tensors, told):
         future_tokens=size("future_tokens.weight"), positions=size("position_embedding.weight"),
         robots=size("action_in_proj.weight"), action_dim=size("action_in_proj.weight", 1),
         state_dim=size("state_encoder.0.weight", 1),
-    )  # fmt: skip
+    )  # fmt: skip  # sizes in rows
     usual, head, written = GrootConfig(), told.get("action_head_cfg", {}), told.get("config", {})
     dit, context = (head.get(part, {}) for part in ("diffusion_model_cfg", "vl_self_attention_cfg"))
     rest = {

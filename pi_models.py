@@ -34,16 +34,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from flags import fail
+
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-SHIPPED = "tiny", "tiny-gr00t"  # names of folders there
 STATISTICS = {"pi0": ("mean", "std"), "pi05": ("q01", "q99"), "gr00t": ("min", "max")}  # that normalise
 TOKENIZERS = {"paligemma": "google/paligemma-3b-pt-224", "qwen3": "Qwen/Qwen3-1.7B"}
-
-
-def fail(message):
-    """A user's mistake: one line on stderr and exit code 2, never a traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 @dataclass
@@ -85,7 +80,7 @@ TINY = PiConfig(
     image_size=32, patch_size=8, vision_width=96, vision_mlp=192, vision_depth=4, vision_heads=4,
     width=64, mlp=128, depth=4, heads=4, head_dim=32, vocab_size=257, expert_width=64, expert_mlp=128,
     action_dim=4, state_dim=4, horizon=5, tokenizer="bytes",
-)  # fmt: skip
+)  # fmt: skip  # sizes in rows
 
 
 class Prefix(NamedTuple):
@@ -222,7 +217,7 @@ class NoiseHead(nn.Module):
 class Policy(nn.Module):
     """pi0 or pi0.5. The VLM is frozen unless `train` says otherwise, the expert and its projections learn."""
 
-    def __init__(self, config, stats=None):
+    def __init__(self, config: PiConfig, stats: dict | None = None):
         # here, not at the top: importing them takes seconds, which --help should not
         from transformers import GemmaConfig, GemmaModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -240,13 +235,13 @@ class Policy(nn.Module):
                 num_attention_heads=c.heads, num_key_value_heads=1, head_dim=c.head_dim,
                 initializer_range=width**-0.5,
                 bos_token_id=None, eos_token_id=None, pad_token_id=None,
-            ))  # fmt: skip
+            ))  # fmt: skip  # sizes in rows
 
         self.vision_tower = SiglipVisionModel(SiglipVisionConfig(
             hidden_size=c.vision_width, intermediate_size=c.vision_mlp, num_hidden_layers=c.vision_depth,
             num_attention_heads=c.vision_heads, image_size=c.image_size, patch_size=c.patch_size,
             vision_use_head=False,
-        ))  # fmt: skip
+        ))  # fmt: skip  # sizes in rows
         self.multi_modal_projector = nn.Linear(c.vision_width, c.width)
         self.language_model = gemma_model(c.width, c.mlp, c.vocab_size)
         self.expert = gemma_model(c.expert_width, c.expert_mlp, 1)
@@ -305,9 +300,8 @@ class Policy(nn.Module):
         """A new one, unless one with these bounds is there. Trained with the expert, not used by the ODE."""
         if self.noise_head and (self.noise_head.low, self.noise_head.high) == (low, high):
             return
-        self.config = dataclasses.replace(self.config, noise_std_min=low, noise_std_max=high)
-        head = NoiseHead(self.config.expert_width, self.config.action_dim, low, high)
-        self.noise_head = head.to(self.device)
+        c = self.config = dataclasses.replace(self.config, noise_std_min=low, noise_std_max=high)
+        self.noise_head = NoiseHead(c.expert_width, c.action_dim, low, high).to(self.device)
 
     def fit_robot(self, state, action, stats=None):
         """Another robot, with these sizes. What reads a larger state or writes larger actions begins anew."""
@@ -322,18 +316,25 @@ class Policy(nn.Module):
                 if isinstance(module, nn.Linear) and module.weight.shape != fresh[name].weight.shape:
                     self.set_submodule(name, fresh[name])
 
+    def check_robot(self, state, action):
+        """A robot whose numbers are as many as those that this policy was trained with."""
+        mine = len(next(iter(self.stats["state"].values()))), self.env_action_dim
+        if mine != (state, action):
+            numbers = "{} numbers of state and {} of action".format
+            fail(f"the checkpoint's robot has {numbers(*mine)}, the environment's {numbers(state, action)}")
+
     def set_trained(self, train, lora_rank=0, lora_alpha=0):
-        """ "expert", "expert+lora" (adapters in the VLM, new ones unless it has some) or "all"."""
+        """What learns: "expert", "expert+lora" (the VLM's adapters, new ones unless it has some) or "all"."""
         had, wanted = (self.config.lora_rank, self.config.lora_alpha), (lora_rank, lora_alpha)
         adapters = any(isinstance(m, LoRALinear) for part in self.vlm_modules for m in part.modules())
         if train == "expert+lora" and adapters and had != wanted:
             fail(f"the checkpoint has adapters of rank {had[0]} and alpha {had[1]}; pass these")
         if train == "expert+lora" and not adapters:
             self.config = dataclasses.replace(self.config, lora_rank=lora_rank, lora_alpha=lora_alpha)
-            layers = [(m, name, child) for part in self.vlm_modules for m in part.modules()
-                      for name, child in m.named_children() if isinstance(child, nn.Linear)]  # fmt: skip
-            for module, name, linear in layers:
-                setattr(module, name, LoRALinear(linear, lora_rank, lora_alpha).to(self.device))
+            for module in [m for part in self.vlm_modules for m in part.modules()]:
+                for name, child in list(module.named_children()):
+                    if isinstance(child, nn.Linear):
+                        setattr(module, name, LoRALinear(child, lora_rank, lora_alpha).to(self.device))
         self.vlm_trained = train != "expert"
         for name, parameter in (named for part in self.vlm_modules for named in part.named_parameters()):
             parameter.requires_grad_(train == "all" or train == "expert+lora" and "lora_" in name)
@@ -369,7 +370,7 @@ class Policy(nn.Module):
         words = (self.tokenizer().encode(part, add_special_tokens=False).ids for part in (text, end))
         return [2, *(token for part in words for token in part)]  # 2: BOS
 
-    def preprocess(self, obs):
+    def preprocess(self, obs: dict) -> dict[str, torch.Tensor]:
         """{"images" (B, cams, H, W, 3) uint8, "state" (B, S), "prompt" [B]} -> normalised tensors.
 
         "image_mask" (B, cams) bool may be there too: a missing camera is False.
@@ -377,9 +378,8 @@ class Policy(nn.Module):
         images = torch.from_numpy(np.ascontiguousarray(obs["images"])).to(self.device)  # maybe of no camera
         images = images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (B, cams, 3, H, W)
         size, longest = self.config.image_size, max(images.shape[-2:])
-        if images.shape[1] == 0:
-            images = images.new_zeros(len(images), 0, 3, size, size)
-        if images.shape[-2:] != (size, size):  # keep the aspect ratio and pad with black, as in openpi
+        if images.shape[1] and images.shape[-2:] != (size, size):
+            # keep the aspect ratio and pad with black, as in openpi
             h, w = (max(1, n * size // longest) for n in images.shape[-2:])
             flat = F.interpolate(images.flatten(0, 1), (h, w), mode="bilinear", antialias=True).clamp(-1, 1)
             top, left = (size - h) // 2, (size - w) // 2
@@ -420,7 +420,7 @@ class Policy(nn.Module):
         first, length = map(x.new_tensor, self._scale(key))
         return (x - first) / length * 2 - 1 if self.pi05 else (x - first) / length
 
-    def normalize_actions(self, actions):
+    def normalize_actions(self, actions: np.ndarray) -> torch.Tensor:
         """Simulator actions (B, H, D) -> the expert's padded space (B, H, action_dim), the target of SFT."""
         if self.config.delta_actions:
             fail("SFT of a policy with delta_actions is not supported")
@@ -428,7 +428,7 @@ class Policy(nn.Module):
         padding = self.config.action_dim - actions.shape[-1]
         return F.pad(self._normalize(actions, "actions"), (0, padding))
 
-    def postprocess(self, x, obs):
+    def postprocess(self, x: torch.Tensor, obs: dict) -> np.ndarray:
         """Model actions (B, H, action_dim) -> simulator actions (B, H, env_action_dim), NumPy."""
         actions = x[..., : self.env_action_dim].detach().cpu().numpy()
         first, length = self._scale("actions")
@@ -446,12 +446,12 @@ class Policy(nn.Module):
         patches = self.vision_tower(images.flatten(0, 1)).last_hidden_state  # (B * cams, ...)
         return self.multi_modal_projector(patches).unflatten(0, images.shape[:2]).flatten(1, 2)
 
-    def encode(self, inputs):
+    def encode(self, inputs: dict[str, torch.Tensor], pool=False) -> Prefix:
         """Vision and language, once per observation; what has been encoded is given back."""
         if "kv" in inputs:
             return Prefix(**inputs)
         images, mask = inputs["images"], inputs["token_mask"]
-        read = self.config.critic == "vlm"  # by nobody else
+        read = pool or self.config.critic == "vlm"  # nobody else reads the output
         with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.half):
             x = self.language_model.embed_tokens(inputs["tokens"])  # times sqrt(width); patches are not
             if images.shape[1]:
@@ -463,7 +463,7 @@ class Policy(nn.Module):
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) if read else x[:, 0, :0]
         return Prefix(kv.bfloat16() if self.half else kv, mask, pooled.float(), inputs["state"])
 
-    def velocity(self, prefix, x, tau):
+    def velocity(self, prefix: Prefix, x: torch.Tensor, tau: torch.Tensor):
         """Velocity and the expert's output features, (N, H, ...), at x (N, H, action_dim) and tau (N,).
 
         N may be a multiple of the B rows of the prefix: then N / B neighbours share a row, which is not
@@ -521,6 +521,7 @@ OPENPI = {
 
 # anyone's -> ours, one rule after the other: openpi, RLinf, lerobot (hub, trained, old), transformers
 RENAMED = [
+    (r"\b(_orig_mod|module)\.", ""),  # torch.compile's and DDP's
     (r"^model\.(?!vlm\.|dit\.)", ""),
     (r"^(paligemma_with_expert\.)?paligemma\.(model\.)?|^model\.vlm\.", ""),
     (r"^(paligemma_with_expert\.)?gemma_expert\.(model\.)?|^model\.dit\.", "expert."),
@@ -610,7 +611,7 @@ def read_config(tensors, told):
         vocab_size=size("language_model.embed_tokens.weight"), expert_width=size("action_in_proj.weight"),
         expert_mlp=size("expert.layers.0.mlp.gate_proj.weight"), action_dim=size("action_in_proj.weight", 1),
         state_dim=size("state_proj.weight" if variant == "pi0" else "action_in_proj.weight", 1),
-    )  # fmt: skip
+    )  # fmt: skip  # sizes in rows
     usual = PiConfig() if variant == "pi0" else PiConfig(horizon=10, max_token_len=200)
     rest = {
         "horizon": told.get("chunk_size", told.get("action_horizon", usual.horizon)),
@@ -674,13 +675,13 @@ def download(name):
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.pt"]))
     except Exception as error:  # whatever went wrong on the way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        fail(f"checkpoint '{name}' cannot be downloaded ({reason}); where there is a network, do `hf "
-             f"download {name} --local-dir FOLDER`, bring the folder here and pass its path")  # fmt: skip
+        advice = f"where there is a network, do `hf download {name} --local-dir FOLDER`, bring it here"
+        fail(f"checkpoint '{name}' cannot be downloaded ({reason}); {advice} and pass its path")
 
 
-def load_policy(path_or_name, device="cpu"):
+def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
     """A folder of `save_policy`, openpi, lerobot, transformers or RLinf; a hub id; "tiny" or "tiny-gr00t"."""
-    folder = CHECKPOINTS / path_or_name if path_or_name in SHIPPED else Path(path_or_name)
+    folder = CHECKPOINTS / path_or_name if path_or_name in ("tiny", "tiny-gr00t") else Path(path_or_name)
     folder = folder if folder.is_dir() else download(str(path_or_name))
     import gr00t_models  # which begins with what is above
 
@@ -688,8 +689,7 @@ def load_policy(path_or_name, device="cpu"):
     try:
         theirs, file = read_tensors(folder), folder / "config.json"
         told = dict(json.loads(file.read_text())) if file.is_file() else {}
-        if any(gr00t_models.MINE in key for key in theirs):
-            family = gr00t_models
+        family = gr00t_models if any(gr00t_models.MINE in key for key in theirs) else family
         tensors = {family.our_key(key): tensor for key, tensor in theirs.items()}
         config = family.read_config(tensors, told)
         stats = family.read_stats(folder, theirs)
@@ -714,16 +714,15 @@ def load_policy(path_or_name, device="cpu"):
     unused = family.UNUSED if config.critic else family.UNUSED + r"|^value_head\."
     strangers = {key: family.our_key(key) for key in theirs if family.our_key(key) not in ours}
     problems += [f"unexpected {key}" for key, mine in strangers.items() if not re.search(unused, mine)]
-    problems += [
-        f"{family.their_key(key)} is {tuple(tensors[key].shape)} instead of {tuple(ours[key].shape)}"
-        for key in ours if key in tensors and tensors[key].shape != ours[key].shape
-    ]  # fmt: skip
+    shapes = [(k, tuple(tensors[k].shape), tuple(x.shape)) for k, x in ours.items() if k in tensors]
+    problems += [f"{family.their_key(k)} is {has} instead of {own}" for k, has, own in shapes if has != own]
     if problems:
         listed = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         fail(f"checkpoint '{path_or_name}' is of another architecture: {listed}")
     # what is trained in fp32; what is frozen all in the dtype of its projections, bf16 stays bf16
     theirs.clear()  # from here on a tensor goes as its copy comes
     frozen = tensors["language_model.layers.0.self_attn.q_proj.weight"].dtype
+    frozen = torch.float32 if frozen == torch.float64 else frozen
     for key, parameter in list(policy.named_parameters()):
         module, _, name = key.rpartition(".")
         tensor = tensors.pop(key).to(torch.float32 if parameter.requires_grad else frozen)
@@ -737,10 +736,11 @@ def load_policy(path_or_name, device="cpu"):
     return policy.to(device).eval()
 
 
-def save_policy(policy, folder, card=""):
-    """Weights, sizes, statistics (see `files`), tokenizer, a model card. Files are replaced atomically."""
-    folder = Path(folder)
-    files = {"README.md": card.encode(), **policy.files()}
+def save_policy(policy: Policy, folder: str | os.PathLike, card="", args: dict | None = None):
+    """Weights, sizes, statistics, tokenizer, card, flags of the run. Files are replaced atomically."""
+    folder, files = Path(folder), {"README.md": card.encode(), **policy.files()}
+    if args:
+        files["args.json"] = json.dumps(args, indent=1).encode()
     if policy.tokenizer_json:
         files["tokenizer.json"] = policy.tokenizer_json.encode()
     for name, content in files.items():

@@ -5,7 +5,10 @@ network to blame. The distance is the sliced Wasserstein-1 distance: W1 of the p
 over 32 directions, 100,000 samples a side. It is taken to the ODE with the same number of steps K, because
 that is what evaluation runs while training samples; and once more to the mixture itself. Seeded.
 
-    python benchmark/marginals.py    # about half a minute on one core; prints Markdown
+Then: how much of the gradient of the return the score terms are (a 1-D flow, no sampling), what noise on
+padding does to the executed actions (the shipped tiny policy), and the errata. All as Markdown tables.
+
+    python benchmark/marginals.py    # about a minute on one core
 """
 
 import math
@@ -14,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from flow_sde_ppo import transition
+from flow_sde_ppo import log_prob, transition
 
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2])
 MEANS = torch.tensor([[-0.8, -0.4], [0.7, 0.6], [0.3, -0.8]])  # (J, 2)
@@ -176,6 +180,147 @@ def discretisation(steps=(4, 10, 100, 1000)):
     table("variance / target's variance, 1-D Gaussian, exact", [f"K = {K}" for K in steps], rows)
 
 
+# A chunk of one number, so that nothing has to be sampled. The flow's target is N(0.7, 0.3^2); two weights, a
+# bias and a gain, change its velocity and are zero at the flow itself. Each step has its own copy of them.
+
+
+def toy_velocity(x, tau, bias, gain, mean=0.7, std=0.3):
+    slope = (tau * std**2 - (1 - tau)) / (tau**2 * std**2 + (1 - tau) ** 2)
+    return bias + (1 + gain) * (mean + slope * (x - tau * mean))
+
+
+def toy_reward(x, goal=1.0, width=0.5):
+    return torch.exp(-0.5 * ((x - goal) / width) ** 2)
+
+
+def toy_step(x, k, K, a, weights):
+    """Mean and standard deviation of step k from x (B,); weights (K, 2)."""
+    x, tau = x[:, None, None], torch.full((len(x),), k / K, dtype=x.dtype)
+    mu, std = transition(x, toy_velocity(x, k / K, *weights[k]), tau, 1 / K, a)
+    return mu[:, 0, 0], std[:, 0, 0].expand(len(x))
+
+
+def toy_return(K, a, noisy_steps, weights, goal=1.0, width=0.5):
+    """E r(x^1), exact: a step is affine, so x^1 is normal, and the mean of r under a normal is known."""
+    mean, variance, unit = torch.zeros(1).double(), 1.0, torch.tensor([0.0, 1.0]).double()
+    for k in range(K):
+        level = a if k in noisy_steps else 0.0
+        low, high = toy_step(unit, k, K, level, weights)[0]  # two points tell the slope
+        mean, std = toy_step(mean, k, K, level, weights)
+        variance = (high - low) ** 2 * variance + std**2
+    spread = width**2 + variance
+    return (width / spread.sqrt() * torch.exp(-0.5 * (mean - goal) ** 2 / spread)).item()
+
+
+def toy_gradient(K, a, draws, copies=lambda noisy_steps, K: range(K), h=1e-4):
+    """Of the mean of `toy_return` over draws of noisy steps, by finite differences: bias and gain (2,).
+
+    `copies`: of which steps the weights are moved, all of them unless told.
+    """
+    gradient = np.zeros(2)
+    for noisy_steps in draws:
+        for i in range(2):
+            for sign in (-1, 1):
+                weights = torch.zeros(K, 2, dtype=torch.float64)
+                weights[list(copies(noisy_steps, K)), i] = sign * h
+                gradient[i] += sign * toy_return(K, a, noisy_steps, weights) / (2 * h * len(draws))
+    return gradient
+
+
+def toy_scores(K, a, draws):
+    """E[(r - E r) score] (2,), what PPO follows, and the variance of one chunk's term, all by quadrature.
+
+    The nodes are the values of x^0 and of the noise of each noisy step, 40 each (hybrid) or 12 (two-layer).
+    The score is that of the decisions, of the scripts' own `transition` and `log_prob`.
+    """
+    mean, square, weights = torch.zeros(2).double(), torch.zeros(2).double(), torch.zeros(K, 2).double()
+    for noisy_steps in draws:
+        node, weight = np.polynomial.hermite_e.hermegauss(40 if len(noisy_steps) == 1 else 12)
+        dims = 1 + len(noisy_steps)
+        z = torch.cartesian_prod(*[torch.tensor(node)] * dims).T  # (dims, B)
+        weight = torch.cartesian_prod(*[torch.tensor(weight / weight.sum())] * dims).prod(dim=1)  # (B,)
+        noise, x, score = iter(z[1:]), z[0], torch.zeros(2, len(weight)).double()
+        for k in range(K):
+            drawn = k in noisy_steps
+            mu, std = toy_step(x, k, K, a if drawn else 0.0, weights)
+            x_next = mu + std * next(noise) if drawn else mu
+            for i in range(2 if drawn else 0):
+                for sign in (-1, 1):  # log_prob is quadratic in the weights, so the difference is exact
+                    moved = weights.clone()
+                    moved[k, i] = sign
+                    step = [value[:, None, None] for value in (x_next, *toy_step(x, k, K, a, moved))]
+                    score[i] += sign * log_prob(*step, 1, 1) / 2
+            x = x_next
+        reward = toy_reward(x)
+        term = (reward - (weight * reward).sum()) * score  # (2, B)
+        mean += (term * weight).sum(dim=1) / len(draws)
+        square += (term**2 * weight).sum(dim=1) / len(draws)
+    return mean.numpy(), (square - mean**2).numpy()
+
+
+def score_terms(steps=(1, 2, 4, 10)):
+    print("\n## What part of the gradient the score terms are")
+    for a in (0.5, 1.0):
+        rows = {}
+        for K in steps:
+            for mdp, draws in (("hybrid", [(k,) for k in range(K)]), ("two-layer", [tuple(range(K))])):
+                if len(draws[0]) > 4:  # too many nodes
+                    cells = [""] * 5
+                else:
+                    exact, (score, variance) = toy_gradient(K, a, draws), toy_scores(K, a, draws)
+                    cosine = exact @ score / np.linalg.norm(exact) / np.linalg.norm(score)
+                    cells = ["{:.3f}, {:.3f}".format(*pair) for pair in (exact, score, score / exact)]
+                    cells += [f"{cosine:.4f}", f"{variance.sum() / (score @ score):.0f}"]
+                names = "exact gradient", "score term", "ratio", "cosine", "variance of a chunk / score²"
+                for name, cell in zip(names, cells):
+                    rows.setdefault(f"{mdp}: {name}", []).append(cell)
+        rows = {name: rows[name] for name in sorted(rows, key=lambda name: name.startswith("two"))}
+        table(f"1-D flow, bias and gain, a = {a}", [f"K = {K}" for K in steps], rows)
+
+
+@torch.no_grad()
+def padding(K=4, a=1.0, executed=3, observations=48, draws=8):
+    """What noise on numbers that are never executed does to those that are (docs/math.md, section 9)."""
+    from envs import make_envs
+    from pi_models import CHECKPOINTS, load_policy
+
+    policy = load_policy(str(CHECKPOINTS / "tabletop-sft"), "cpu")
+    c, real = policy.config, policy.env_action_dim
+    prefix = policy.encode(policy.preprocess(make_envs("tabletop", observations, 0).reset()[0]))
+    masks = {name: torch.zeros(c.horizon, c.action_dim) for name in ("executed", "padded", "unexecuted")}
+    masks["executed"][:executed, :real] = 1
+    masks["padded"][:executed, real:] = 1
+    masks["unexecuted"][executed:] = 1
+    masks["both"] = masks["padded"] + masks["unexecuted"]
+    rows = {name: [] for name in masks}
+    for noisy in range(K):
+        for name, mask in masks.items():
+            generator, ends = torch.Generator().manual_seed(0), []
+            x = torch.randn((observations, c.horizon, c.action_dim), generator=generator)
+            for k in range(noisy):
+                x = x + policy.velocity(prefix, x, torch.full((observations,), k / K))[0] / K
+            start = x  # the same for all draws
+            for _ in range(draws):
+                x = start
+                for k in range(noisy, K):
+                    tau = torch.full((observations,), k / K)
+                    velocity, _ = policy.velocity(prefix, x, tau)
+                    ode, (mu, std) = x + velocity / K, transition(x, velocity, tau, 1 / K, a)
+                    sample = mu + std * torch.randn(x.shape, generator=generator)
+                    x = torch.where(mask.bool(), sample, ode) if k == noisy else ode
+                ends.append(x[:, :executed, :real])
+            spread = torch.stack(ends).var(dim=0).mean().sqrt()  # over draws, then all numbers
+            rows[name].append(spread.item())
+    print("\n## Noise on padding")
+    rows = {
+        f"on the {executed} x {real} executed numbers": rows["executed"],
+        f"on the padded dimension of the {executed} executed steps": rows["padded"],
+        f"on the {c.horizon - executed} steps that are not executed": rows["unexecuted"],
+        "on both of these": rows["both"],
+    }
+    table(f"std of the executed numbers, a = {a}; noise ...", [f"at step {k}" for k in range(K)], rows)
+
+
 def erratum_2(K=4):
     print("\n## Erratum 2: the noise bounds of Flow-Noise")
     ode = sample(None, K, seed=0)
@@ -207,10 +352,16 @@ def erratum_4(group=8):
     table(f"groups of {group}", ["value"], rows)
 
 
-if __name__ == "__main__":
+def main():
     torch.set_num_threads(1)
     erratum_1()
     discretisation()
+    score_terms()
+    padding()
     erratum_2()
     erratum_3()
     erratum_4()
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -4,7 +4,7 @@ Parameters and the tensors that autograd keeps for the backward pass are counted
 shape and no data. The heads (5 MiB) are left out, and what a GPU needs besides: CUDA itself, the allocator's
 gaps, temporaries such as the VLM's own activations, of which inference keeps one layer's at a time.
 
-    python benchmark/memory.py                                   # Markdown
+    python benchmark/memory.py                                   # seconds; prints a table in Markdown
     python benchmark/memory.py --chunks 1024 --micro-batch-size 64
 """
 
@@ -71,8 +71,9 @@ def measure(config, args):
             return Prefix(
                 torch.empty(n, config.depth, 2, tokens, config.head_dim, dtype=torch.bfloat16),
                 torch.empty(n, tokens, dtype=torch.bool),
-                torch.empty(n, config.width), torch.empty(n, config.state_dim),
-            )  # fmt: skip
+                torch.empty(n, config.width),
+                torch.empty(n, config.state_dim),
+            )
 
         def activations(steps):
             n = args.micro_batch_size * steps
@@ -108,4 +109,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

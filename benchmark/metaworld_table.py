@@ -1,22 +1,37 @@
 """The table and the picture of metaworld.sh: SFT and RL on MetaWorld tasks, 100 episodes of each policy.
 
-python benchmark/metaworld_table.py runs/metaworld      # prints the table, writes docs/metaworld.png
+Prints the table as Markdown: success by the ODE of SFT and of every seed, with 95 % intervals. And draws the
+curves.
+
+    python benchmark/metaworld_table.py runs/metaworld --output docs/metaworld.png    # seconds
 """
 
 import csv
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tyro
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from envs import METAWORLD, fail  # noqa: E402
-from evaluate import wilson  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from evaluate import wilson
+from flags import fail
+from simulators.metaworld import METAWORLD
 
+SCRIPTS = {"flow_noise_ppo": ("Flow-Noise PPO", "tab:orange"), "flow_sde_ppo": ("Flow-SDE PPO", "tab:blue")}
 T95 = {1: 12.706, 2: 4.303}  # two-sided 95 % quantile of Student's t, by degrees of freedom
+
+
+@dataclass
+class Args:
+    folder: tyro.conf.Positional[Path]
+    """what benchmark/metaworld.sh wrote"""
+    output: Path = Path("docs/metaworld.png")
+    """picture to write"""
 
 
 def rates(report, script):
@@ -42,8 +57,59 @@ def row(task, difficulty, report):
     return cells, gains[0], sft["success_rate"], rates(report, "flow_sde_ppo")[0]
 
 
-def main(folder):
-    reports = {file.stem: json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))}
+def draw_task(axes, folder, task, report):
+    """Lines while training, with noise; to the right of them, in a strip of its own, what the ODE reaches."""
+    end = 0
+    for script, (_, colour) in SCRIPTS.items():
+        for file in sorted(folder.glob(f"{script}/{task}-?/*/metrics.csv")):
+            log = list(csv.DictReader(file.open()))
+            steps = [float(line["global_step"]) / 1000 for line in log]
+            success = np.array([float(line["charts/success_once"]) for line in log])
+            smooth = [np.nanmean(success[max(0, i - 2) : i + 3]) for i in range(len(success))]
+            axes.plot(steps, smooth, color=colour, alpha=0.7, lw=1.2)
+            end = max(end, steps[-1])
+    end = end or 1
+    axes.axvspan(1.05 * end, 1.3 * end, color="0.93", lw=0)
+    axes.text(1.175 * end, 0.03, "ODE", ha="center", fontsize=9, color="0.35")
+    axes.axhline(report["results"][0]["success_rate"], color="0.35", ls="--", lw=1.2)
+    for place, (script, (_, colour)) in zip((1.22, 1.13), SCRIPTS.items()):
+        for rate in rates(report, script)[0]:
+            axes.plot(place * end, rate, "D", ms=5, color=colour, alpha=0.8, clip_on=False)
+    axes.set(title=task, ylim=(0, 1), xlim=(0, 1.3 * end))
+    axes.grid(alpha=0.3)
+
+
+def draw(folder, tasks, reports, path):
+    rows = 2 if len(tasks) > 1 else 1
+    figure = Figure(figsize=(13, 3.1 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, (len(tasks) + rows - 1) // rows, squeeze=False, sharey=True).flatten()
+    for axes, task in zip(panels, tasks):
+        draw_task(axes, folder, task, reports[task])
+    for axes in panels[len(tasks) :]:
+        axes.axis("off")
+    columns = len(panels) // rows
+    for place, axes in enumerate(panels):
+        if place % columns == 0:
+            axes.set_ylabel("success rate")
+        if place + columns >= len(tasks):
+            axes.set_xlabel("environment steps, thousands")
+    handles = []
+    for name, colour in SCRIPTS.values():
+        handles.append(Line2D([], [], color=colour, label=f"{name}: training episodes, with noise"))
+        trained = f"{name}: the trained policies by the ODE"
+        handles.append(Line2D([], [], color=colour, marker="D", ls="", ms=5, label=trained))
+    handles.append(Line2D([], [], color="0.35", ls="--", label="SFT, the start of all, by the ODE"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be written: {error}")
+    print(f"\npicture: {path}")
+
+
+def main(args):
+    folder = args.folder
+    reports = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     if not reports:
         fail(f"{folder} has no reports: bash benchmark/metaworld.sh makes them")
     order = ["easy", "medium", "hard", "very hard"]
@@ -60,37 +126,24 @@ def main(folder):
     count = min(map(len, ends))
     means = np.mean([end[:count] for end in ends], axis=0) - np.mean(starts)  # of a seed, over the tasks
     interval = T95.get(count - 1, np.nan) * means.std(ddof=1) / np.sqrt(count) if count > 1 else np.nan
-    table.append(("**mean**", "", f"{np.mean(starts):.1%}", f"**{np.mean([e.mean() for e in ends]):.1%}**",
-                  f"**{100 * np.mean(gains):+.1f}** ± {100 * interval:.1f}", ""))  # fmt: skip
+    table.append(
+        (
+            "**mean**",
+            "",
+            f"{np.mean(starts):.1%}",
+            f"**{np.mean([e.mean() for e in ends]):.1%}**",
+            f"**{100 * np.mean(gains):+.1f}** ± {100 * interval:.1f}",
+            "",
+        )
+    )
     if "mt10" in reports:
         table.append(row("mt10, one policy", "", reports["mt10"])[0])
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
     print("\n".join(f"| {' | '.join(map(str.ljust, cells, widths))} |" for cells in table))
 
-    figure = Figure(figsize=(13, 6))
-    names = [*single, *(["mt10"] if "mt10" in reports else [])]
-    for place, task in enumerate(names):
-        axes = figure.add_subplot(2, (len(names) + 1) // 2, place + 1)
-        for script, colour in (("flow_noise_ppo", "tab:orange"), ("flow_sde_ppo", "tab:blue")):
-            for file in sorted(Path(folder).glob(f"{script}/{task}-?/*/metrics.csv")):
-                log = list(csv.DictReader(file.open()))
-                steps = [float(line["global_step"]) / 1000 for line in log]
-                success = np.array([float(line["charts/success_once"]) for line in log])
-                smooth = [np.nanmean(success[max(0, i - 2) : i + 3]) for i in range(len(success))]
-                axes.plot(steps, smooth, color=colour, alpha=0.7)
-            for rate in rates(reports[task], script)[0]:  # by the ODE, without noise
-                axes.plot(steps[-1], rate, "o", color=colour, clip_on=False)
-        axes.plot(0, reports[task]["results"][0]["success_rate"], "o", color="gray", clip_on=False)
-        axes.set(title=task, ylim=(0, 1))
-        axes.grid(alpha=0.3)
-    figure.supxlabel("thousand environment steps")
-    figure.supylabel("success: lines in training, with noise; points by the ODE, gray SFT")
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "metaworld.png", dpi=90)
+    draw(folder, [*single, *(["mt10"] if "mt10" in reports else [])], reports, args.output)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        fail("use: python benchmark/metaworld_table.py FOLDER")
-    main(sys.argv[1])
+    main(tyro.cli(Args, description=__doc__))

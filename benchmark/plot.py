@@ -1,7 +1,12 @@
-"""The algorithms compared: a table (Markdown, stdout) and curves (PNG); called by benchmark/compare.sh.
+"""Curves (PNG) and a table (Markdown, stdout) of runs: of any that you name, or of benchmark/compare.sh.
 
-It reads what `evaluate.py --stochastic --json` wrote for each script, {script}.json, and the metrics.csv and
-args.json of the runs whose checkpoints were evaluated.
+Any runs, finished or not: success in training, with noise, and by the ODE, over environment steps and over
+time. What their args.json differ in is the legend of the picture and is told in the table.
+
+    python benchmark/plot.py runs/RUN runs/RUN ... --output two.png    # seconds
+
+The folder of benchmark/compare.sh: the three algorithms, mean and range of their seeds. It has what
+`evaluate.py --stochastic --json` wrote for each script, {script}.json, and the runs that were evaluated.
 
     python benchmark/plot.py runs/compare --output docs/compare.png
 """
@@ -18,6 +23,9 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from flags import fail
+
 SCRIPTS = {
     "flow_sde_ppo": "Flow-SDE PPO",
     "flow_noise_ppo": "Flow-Noise PPO",
@@ -28,15 +36,10 @@ T_95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228  # 
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[Path]
-    """folder of benchmark/compare.sh"""
-    output: Path = Path("docs/compare.png")
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of runs, or the one of benchmark/compare.sh"""
+    output: Path = Path("runs/plot.png")
     """picture to write"""
-
-
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def interval(*samples):
@@ -52,12 +55,17 @@ def interval(*samples):
 def read_run(folder):
     """Flags and metrics of a run: {column: (iterations,)}."""
     try:
+        args = json.loads((folder / "args.json").read_text())
         with open(folder / "metrics.csv") as file:
             rows = list(csv.DictReader(file))
-        args = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError) as error:
+        metrics = {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
+    except OSError as error:
+        fail(f"{folder} is not the folder of a run: no {Path(error.filename).name}")
+    except (ValueError, TypeError) as error:
         fail(f"{folder} is not the folder of a run: {error}")
-    return args, {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
+    except IndexError:
+        fail(f"{folder} has no finished iteration yet")
+    return args, metrics
 
 
 def read(folder):
@@ -100,15 +108,18 @@ def markdown(table, sft):
     for script, (ode, noisy, runs) in table.items():
         rates = [r["success_rate"] for r in ode]
         mean, low, high = interval(rates)
-        rows.append([
-            SCRIPTS[script], *(f"{rate:.1%}" for rate in rates),
-            f"**{mean:.1%}** [{low:.1%}, {min(high, 1):.1%}]",
-            f"{np.mean([r['success_rate'] for r in noisy]):.1%}",
-            f"{np.mean([r['length'] for r in ode]):.1f}",
-            f"{np.mean([m['global_step'][-1] for _, m in runs]) / 1e6:.2f} M",
-            f"{np.mean([minutes(m)[-1] for _, m in runs]):.1f}",
-            f"{np.mean([m['time/update'][1:].mean() for _, m in runs]):.2f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                SCRIPTS[script],
+                *(f"{rate:.1%}" for rate in rates),
+                f"**{mean:.1%}** [{low:.1%}, {min(high, 1):.1%}]",
+                f"{np.mean([r['success_rate'] for r in noisy]):.1%}",
+                f"{np.mean([r['length'] for r in ode]):.1f}",
+                f"{np.mean([m['global_step'][-1] for _, m in runs]) / 1e6:.2f} M",
+                f"{np.mean([minutes(m)[-1] for _, m in runs]):.1f}",
+                f"{np.mean([m['time/update'][1:].mean() for _, m in runs]):.2f}",
+            ]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -121,13 +132,26 @@ def differences(table):
         yield f"- {SCRIPTS[a]} minus {SCRIPTS[b]}: {gap:+.1f} points [{low:+.1f}, {high:+.1f}], {verdict}"
 
 
-def evaluations(args, metrics, start):
+def evaluations(args, metrics, start=None):
     """Environment steps, minutes and success rates (E,) of a run's evaluations, the start policy's first."""
-    iteration = metrics["iteration"].astype(int)
-    last = iteration == iteration[-1]
-    chosen = last | (iteration % args["eval_freq"] == 0) if args["eval_freq"] else last
-    curve = metrics["global_step"][chosen], minutes(metrics)[chosen], metrics["eval/success_rate"][chosen]
+    iteration, every = metrics["iteration"].astype(int), args["eval_freq"]
+    chosen = metrics["global_step"] >= args["total_timesteps"]
+    if every > 0:
+        chosen |= iteration % every == 0
+    rate = metrics["eval/success_rate"]  # the latest one, in every iteration
+    if start is None:
+        start = math.nan if chosen[0] else rate[0]
+    curve = metrics["global_step"][chosen], minutes(metrics)[chosen], rate[chosen]
     return [np.concatenate([[first], x]) for first, x in zip((0, 0, start), curve)]
+
+
+def at_equal_progress(curves, points=200):
+    """Steps, minutes and success rates, (seeds, points) each, where all have done the same part of a run.
+
+    So no curve is cut at its fastest seed.
+    """
+    progress = np.linspace(0, 1, points)
+    return [np.stack([np.interp(progress, c[0] / c[0][-1], c[which]) for c in curves]) for which in range(3)]
 
 
 def draw(table, start, path):
@@ -135,36 +159,125 @@ def draw(table, start, path):
     figure = Figure(figsize=(11, 4.2))
     panels = figure.subplots(1, 2, sharey=True)
     for (script, (_, _, runs)), colour in zip(table.items(), ("C0", "C1", "C2")):
-        curves = [evaluations(args, metrics, start) for args, metrics in runs]
-        for axes, which, scale in zip(panels, (0, 1), (1e-6, 1)):
-            grid = np.linspace(0, min(curve[which][-1] for curve in curves), 200)
-            rates = np.stack([np.interp(grid, curve[which], curve[2]) for curve in curves])
-            band = rates.min(axis=0), rates.max(axis=0)
-            axes.fill_between(grid * scale, *band, color=colour, alpha=0.2, lw=0)
-            axes.plot(grid * scale, rates.mean(axis=0), color=colour, label=SCRIPTS[script])
-    for axes, label in zip(panels, ("environment steps, millions", "minutes, without evaluations")):
-        axes.set(xlabel=label, ylim=(0.3, 1))
+        steps, times, rates = at_equal_progress([evaluations(*run, start) for run in runs])
+        mean, band = rates.mean(axis=0), (rates.min(axis=0), rates.max(axis=0))
+        for axes, x in zip(panels, (steps.mean(axis=0) / 1e6, times.mean(axis=0))):
+            axes.fill_between(x, *band, color=colour, alpha=0.2, lw=0)
+            axes.plot(x, mean, color=colour, label=SCRIPTS[script])
+        ends = times[:, -1]
+        around = [[ends.mean() - ends.min()], [ends.max() - ends.mean()]]
+        panels[1].errorbar(ends.mean(), mean[-1], xerr=around, color=colour, capsize=3, marker="o", ms=4)
+    panels[0].set(xlabel="environment steps, millions", ylabel="success rate by the ODE")
+    panels[1].set(xlabel="minutes without evaluations (bar: range of the seeds)")
+    for axes in panels:
+        axes.set(ylim=(0.3, 1))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("success rate by the ODE")
     panels[0].legend(loc="lower right")
-    figure.suptitle(f"mean and range of {len(runs)} seeds, from the same SFT policy", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figure.suptitle(
+        f"mean and range of {len(runs)} seeds at equal steps, from the same SFT policy", fontsize=11
+    )
+    save(figure, path)
+
+
+def save(figure, path):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be written: {error}")
+    print(f"\npicture: {path}")
+
+
+# ---------------------------------------------------------------------------------------------- any two runs
+
+
+def differing_flags(runs):
+    """{flag: its value in each run} of those that are not the same in all; "-" where a script has no such."""
+    names = dict.fromkeys(name for args, _ in runs for name in args)
+    values = {name: [args.get(name, "-") for args, _ in runs] for name in names if name != "run_dir"}
+    return {name: column for name, column in values.items() if any(value != column[0] for value in column)}
+
+
+def labels(folders, flags):
+    """What tells a run from the others: the values that all have, and its folder where that is not enough."""
+    shown = {name: column for name, column in flags.items() if "-" not in column}
+    names = []
+    for i, folder in enumerate(folders):
+        values = [
+            column[i] if name == "exp_name" else f"{name} {column[i]}" for name, column in shown.items()
+        ]
+        names.append(", ".join(values) or folder.resolve().name)
+    return [
+        f"{name} ({folder.resolve().name})" if names.count(name) > 1 else name
+        for name, folder in zip(names, folders)
+    ]
+
+
+def report(folders, path, last=10):
+    """A table of runs and their curves."""
+    runs = [read_run(folder) for folder in folders]
+    flags = differing_flags(runs)
+    names = labels(folders, flags)
+    figure = Figure(figsize=(11, 4.2))
+    panels = figure.subplots(1, 2, sharey=True)
+    head = ["", "ODE success", f"with noise, last {last} iterations", "steps", "minutes", *flags]
+    columns = [head]
+    for i, (name, (args, metrics)) in enumerate(zip(names, runs)):
+        steps, times, rates = evaluations(args, metrics)
+        success, colour = metrics["charts/success_once"], f"C{i % 10}"
+        for axes, x, x_ode in (
+            (panels[0], metrics["global_step"] / 1e6, steps / 1e6),
+            (panels[1], minutes(metrics), times),
+        ):
+            axes.plot(x, success, color=colour, alpha=0.45, lw=1)
+            axes.plot(x_ode, rates, "o-", color=colour, ms=4, label=name)
+        seen = success[-last:][~np.isnan(success[-last:])]
+        finished = "" if metrics["global_step"][-1] >= args["total_timesteps"] else ", not finished"
+        columns.append(
+            [
+                folders[i].resolve().name,
+                "-" if np.isnan(rates).all() else f"{rates[~np.isnan(rates)][-1]:.1%}",
+                f"{seen.mean():.1%}" if len(seen) else "-",
+                f"{metrics['global_step'][-1]:,.0f}{finished}",
+                f"{minutes(metrics)[-1]:.1f}",
+                *(str(column[i]) for column in flags.values()),
+            ]
+        )
+    rows = list(zip(*columns))
+    rows.insert(1, ["---"] * len(rows[0]))
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    panels[0].set(xlabel="environment steps, millions", ylabel="success rate", ylim=(0, 1.02))
+    panels[1].set(xlabel="minutes, without evaluations")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+    figure.suptitle(
+        "points: by the ODE, fixed states; thin lines: training episodes, with noise", fontsize=11
+    )
+    handles = panels[0].get_legend_handles_labels()
+    side_by_side = 1 if max(map(len, names)) > 50 else 2
+    figure.legend(*handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=side_by_side, frameon=False)
+    save(figure, path)
 
 
 def main(args):
-    table, sft, p = read(args.runs)
+    if not args.runs:
+        fail("name the folders of one or more runs, or that of benchmark/compare.sh")
+    if len(args.runs) > 1 or not all((args.runs[0] / f"{script}.json").exists() for script in SCRIPTS):
+        report(args.runs, args.output)
+        return
+    table, sft, p = read(args.runs[0])
+    how = sft[0]["sampler"]
     print(f"\n{markdown(table, sft)}\n")
     print(
         f"{sft[0]['episodes']} episodes per seed, one from each of the fixed states of {p['env_id']}, at "
-        f"most {p['max_episode_steps']} steps, K = {p['denoise_steps']}, chunks of {p['chunk_len']}.\n"
+        f"most {p['max_episode_steps']} steps, K = {how['denoise_steps']}, chunks of {how['chunk_len']}.\n"
         f"Intervals: over seeds, Student's t; SFT: over its episodes, Wilson. With noise: as in training. "
         f"Minutes: of one run, without evaluations.\n"
     )
     print("\n".join(differences(table)))
     draw(table, sft[0]["success_rate"], args.output)
-    print(f"\npicture: {args.output}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

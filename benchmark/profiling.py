@@ -1,11 +1,12 @@
 """Where the time of a Flow-SDE PPO iteration goes: tensor work, the environment, or Python between them.
 
-flow_sde_ppo.main runs twice on the tabletop, on the CPU, without evaluations: once with nothing but a stopwatch
-around the environment, once under torch.profiler. The first `--warmup` iterations are not counted; a counted
-period begins where an update ends and so holds one whole iteration. (Not called profile.py: a script of that
-name would hide the standard library's module from every script in this folder.)
+flow_sde_ppo.main runs twice on the tabletop, on the CPU, without evaluations: once with nothing but a
+stopwatch around the environment, once under torch.profiler. The first `--warmup` iterations are not counted;
+a counted period begins where an update ends and so holds one whole iteration. (Not called profile.py: a
+script of that name would hide the standard library's module from every script in this folder.) Prints three
+tables in Markdown: parts of the loop, kinds of work, the ten dearest operators.
 
-    python benchmark/profiling.py    # under two minutes; prints Markdown
+    python benchmark/profiling.py    # under two minutes
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import flow_sde_ppo
-from tabletop import Tabletop
+from simulators.tabletop import Tabletop
 
 
 @dataclass
@@ -71,9 +72,15 @@ def replaced(owner, **attributes):
 def measure(args, profiler=None):
     """Seconds per iteration of everything that a stopwatch can see, and of what the profiler sees."""
     train = replace(
-        flow_sde_ppo.Args(), checkpoint=args.checkpoint, num_envs=args.num_envs, num_threads=args.num_threads,
-        device="cpu", eval_freq=0, critic_warmup=0, save_model=False,
-    )  # fmt: skip
+        flow_sde_ppo.Args(),
+        checkpoint=args.checkpoint,
+        num_envs=args.num_envs,
+        num_threads=args.num_threads,
+        device="cpu",
+        eval_freq=0,
+        critic_warmup=0,
+        save_model=False,
+    )
     iterations = args.warmup + args.iterations
     train.total_timesteps = iterations * train.num_envs * train.num_steps * train.chunk_len
     spent, result, calls = dict.fromkeys(("step_chunk", "render"), 0.0), {}, 0
@@ -114,7 +121,7 @@ def measure(args, profiler=None):
 
 
 def tensor_work(profiler, iterations):
-    """Seconds per iteration inside operators and inside the autograd engine, and the ten dearest operators."""
+    """Seconds per iteration inside operators and in the autograd engine, and the ten dearest operators."""
     events = [
         (e.key, e.self_cpu_time_total / 1e6 / iterations, e.count // iterations)
         for e in profiler.key_averages()
@@ -169,4 +176,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

@@ -21,7 +21,9 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from envs import check_maniskill, import_libero, make_envs
+from envs import make_envs
+from simulators.libero import import_libero
+from simulators.maniskill import check_maniskill
 
 ROWS = {  # name: env_id, obs_mode, environments per process of make_envs, steps of the bare loop's episodes
     "metaworld-state": ("metaworld_push-v3", "state", 8, 500),
@@ -172,12 +174,12 @@ def main(args):
     print(
         f"\nExecuted steps per second of {args.processes} processes, medians of {args.rounds} turns of "
         f"{args.seconds:g} s; ratio: median, lowest, highest. Chunks of {args.chunk_len}, small random "
-        "actions; resets are not timed. One environment per process (make_envs without pictures: 8, LIBERO 2). "
-        "A bare loop with pictures draws at every step, as its own interface does; that of the last two "
+        "actions; resets are not timed. One environment per process (make_envs without pictures: 8, LIBERO "
+        "2). A bare loop with pictures draws at every step, as its own interface does; that of the last two "
         f"columns is asked for them after every {args.chunk_len}th. MUJOCO_GL={os.environ['MUJOCO_GL']}, "
         f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}."
     )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

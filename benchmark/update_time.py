@@ -57,8 +57,12 @@ def prepare(script, args, prefix, **changed):
     rest = {name: torch.randn_like(logprob)[None] for name in ("advantages", "returns", "value")}
     batch = SimpleNamespace(
         inputs={name: field[None] for name, field in prefix._asdict().items()},
-        chain=chain[None], denoise_idx=denoise_idx[None], logprob=logprob[None], alive=torch.ones_like(logprob[None, :, 0], dtype=torch.bool), **rest,
-    )  # fmt: skip
+        chain=chain[None],
+        denoise_idx=denoise_idx[None],
+        logprob=logprob[None],
+        alive=torch.ones_like(logprob[None, :, 0], dtype=torch.bool),
+        **rest,
+    )
     optimizer = torch.optim.AdamW([{"params": group} for group in parameters], lr=1e-6)
     return lambda: script.update(agent, optimizer, batch, flags, generator)
 
@@ -104,4 +108,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

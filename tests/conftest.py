@@ -25,6 +25,10 @@ for part in STATS.values():  # of pi0.5; not symmetric about the mean
     part["q01"], part["q99"] = ([m + w * s for m, s in zip(part["mean"], part["std"])] for w in (-2.1, 1.9))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: not among those of make test-fast")
+
+
 def make_policy(critic="", critic_layers=2, seed=0, **sizes):
     """An untrained pi0; unlike that of a new critic, the last layer of its value head is not zero."""
     torch.manual_seed(seed)
@@ -44,6 +48,13 @@ def observe(n, seed=0):
 def encode(policy, n, seed=0):
     with torch.no_grad():
         return policy.encode(policy.preprocess(observe(n, seed)))
+
+
+class Silent(list):
+    """A progress bar that says nothing."""
+
+    def set_postfix_str(self, text):
+        pass
 
 
 def wrapped(owner, name, wrap):

@@ -12,10 +12,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate as script
-import tabletop as simulators
 from envs import make_envs
 from evaluate import Args, main, markdown, play_expert, summarize, wilson
-from pi_models import TINY, Policy, save_policy
+from pi_models import TINY, Policy, load_policy, save_policy
+from simulators import tabletop
 
 torch.set_num_threads(1)
 
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def few_states(monkeypatch):
     """Six evaluation states per task instead of fifty."""
-    monkeypatch.setattr(simulators, "EVAL_STATES", 6)
+    monkeypatch.setattr(tabletop, "EVAL_STATES", 6)
 
 
 def cells(table):
@@ -148,14 +148,14 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
         assert table["length of successes"][column] == f"{steps:.1f}"
         assert table["**mean**"][column] == f"**{wins / 120:.1%} ({wins}/120)**"
         assert table["95% interval"][column] == "{:.1%} to {:.1%}".format(*wilson(wins, 120))
-        for i, task in enumerate(simulators.TASKS):
+        for i, task in enumerate(tabletop.TASKS):
             wins = sum(int(success) for run in runs.values() for success in run["success"][i::10])
             assert table[task][column] == f"{wins / 12:.1%} ({wins}/12)"
             assert result["tasks"][task] == {"success_rate": wins / 12, "successes": wins, "episodes": 12}
             assert table[task][0] == f"{expert[i].mean():.1f}"
     assert "Protocol: tabletop, rgb observations, 60 fixed states, at most 40 steps (paper's limit), " in out
-    assert "chunks of 5, K = 4, det" in out
-    assert "noise (hybrid, euler, level 1.0), evaluation seed 3, 4, torch " + torch.__version__ in out
+    assert "chunks of 5, K = 4 (defaults for tabletop), deterministic ODE and with noise (hybrid, " in out
+    assert "euler, level 1.0), evaluation seed 3, 4, torch " + torch.__version__ in out
     protocol = {"env_id": "tabletop", "num_states": 60, "max_episode_steps": 40, "seeds": [3, 4]}
     assert protocol.items() <= report["protocol"].items()
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
@@ -166,8 +166,8 @@ def test_without_a_success_there_is_no_length():
     result = {"name": "never"} | summarize([never], np.full((2, 2), 9), ["a", "b"])
     assert result["length"] is None and result["expert_length"] is None and result["interval"][0] == 0
     protocol = {"env_id": "x", "obs_mode": "rgb", "eval_protocol": "paper", "num_states": 4, "torch": "0"}
-    protocol |= {"max_episode_steps": 40, "stochastic": False}
-    protocol |= {"chunk_len": 5, "denoise_steps": 4, "seeds": [0]}
+    protocol |= {"max_episode_steps": 40, "stochastic": False, "seeds": [0]}
+    result |= {"sampler": {"chunk_len": 5, "denoise_steps": 4}, "sampler_source": "y", "deterministic": True}
     report = {"protocol": protocol, "expert_length": {"a": 9.0, "b": 9.0}, "results": [result]}
     assert cells(markdown(report))["length of successes"] == ["", "-"]
 
@@ -176,7 +176,7 @@ def test_without_a_success_there_is_no_length():
 
 
 def test_run_with_video(few_states, checkpoint, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(simulators.Tabletop, "max_episode_steps", 15)
+    monkeypatch.setattr(tabletop.Tabletop, "max_episode_steps", 15)
     gif, path = tmp_path / "demo.gif", tmp_path / "numbers.json"
     args = Args(checkpoints=(checkpoint, checkpoint), labels=("before", "after"), capture_video=str(gif))
     args.env_id, args.json = "tabletop_press_button", str(path)
@@ -218,6 +218,45 @@ def test_name_of_a_run(checkpoint, few_states, monkeypatch, capsys):
     monkeypatch.chdir(Path(checkpoint).parent.parent)
     main(Args(checkpoints=(checkpoint + "/",), env_id="tabletop_press_button"))
     assert cells(capsys.readouterr().out)["task"][1] == Path(checkpoint).parent.name
+
+
+def test_a_checkpoint_is_played_as_it_was_trained(few_states, checkpoint, monkeypatch, tmp_path, capsys):
+    """By its args.json, beside the weights or above; a flag goes before; who chose it is said."""
+    seen = []
+
+    def invented(agent, envs, deterministic=True, seed=0, record=0):
+        seen.append((agent.chunk_len, agent.K, agent.noise_level))
+        return {"success": np.zeros(6, bool), "length": np.full(6, 40), "task": np.zeros(6, int)}
+
+    monkeypatch.setattr(script, "evaluate", invented)
+    for name in ("inside", "run/checkpoint"):
+        save_policy(load_policy(checkpoint), tmp_path / name)
+    told = {"chunk_len": 3, "denoise_steps": 2, "noise_level": 0.7, "mdp": "two-layer", "exp_name": "mine"}
+    (tmp_path / "inside" / "args.json").write_text(json.dumps(told))
+    (tmp_path / "run" / "args.json").write_text(json.dumps(told | {"denoise_steps": 3}))
+    three = (checkpoint, str(tmp_path / "inside"), str(tmp_path / "run" / "checkpoint"))
+    args = Args(checkpoints=three, labels=("a", "b", "c"), env_id="tabletop_press_button", noise_level=0.6)
+    main(args)
+    assert seen == [(5, 4, 0.6), (3, 2, 0.6), (3, 3, 0.6)]
+    out = capsys.readouterr().out
+    assert (
+        "chunks of 5, K = 4 (defaults for tabletop_press_button, --noise-level), deterministic ODE (a)" in out
+    )
+    assert "chunks of 3, K = 2 (as it was trained, --noise-level), deterministic ODE (b)" in out
+    (tmp_path / "inside" / "args.json").write_text(json.dumps(told | {"denoise_steps": "four"}))
+    with pytest.raises(SystemExit):
+        main(args)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "denoise_steps is 'four'" in err
+
+
+def test_the_ode_needs_no_noise_head(few_states, checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(tabletop.Tabletop, "max_episode_steps", 5)
+    tables = []
+    for noise in ("sde", "learned"):
+        main(Args(checkpoints=(checkpoint,), env_id="tabletop_press_button", noise=noise))
+        tables.append(cells(capsys.readouterr().out))
+    assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize(

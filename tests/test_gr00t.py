@@ -82,6 +82,8 @@ def lay(folder, layout="public", dtype=torch.float32, metadata=METADATA, **unsee
     }
     if layout == "tied":  # the public file has both
         tensors[LM_HEAD] = tensors[EMBEDDING].clone()
+    if layout == "compiled":
+        tensors = {f"_orig_mod.{key}": tensor for key, tensor in tensors.items()}
     if layout == "lm_head":
         tensors[LM_HEAD] = tensors.pop(EMBEDDING)
     if layout == "pt":
@@ -387,13 +389,13 @@ VLM = {
     "everybody sees everybody": looking(lambda S: torch.ones(S, S, dtype=torch.bool)),
     "pictures in the other order": wrapped(Policy, "embed_images", lambda f: lambda *a: f(*a).flip(1)),
     "words scaled": wrapped(nn.Embedding, "forward", lambda f: lambda self, ids: f(self, ids) * 40**0.5),
-}  # fmt: skip
+}  # fmt: skip  # one a line
 CONTEXT = {
     "exact GELU": wrapped(F, "gelu", lambda f: lambda x, approximate="none": f(x)),
     "no norm of the context": exchanged("context_norm", lambda norm: nn.Identity()),
     "one block less": exchanged("context_blocks", lambda blocks: blocks[:1]),
     "padding is seen": wrapped(gr00t_models, "attention", seeing_padding),
-}  # fmt: skip
+}  # fmt: skip  # one a line
 DIT = {
     "clock turned round": on_velocity(lambda f, self, p, x, tau: f(self, p, x, 1 - tau)),
     "wrong sign": on_velocity(lambda f, *args: tuple(-y for y in f(*args))),
@@ -406,14 +408,14 @@ DIT = {
     "SiLU of the state": wrapped(F, "relu", lambda f: lambda x, inplace=False: F.silu(x)),
     "the other robot": swapped_robots,
     "keys of another sample": wrapped(gr00t_models, "attention", of_batch_mates),
-}  # fmt: skip
+}  # fmt: skip  # one a line
 FROZEN = {"no gradient into the context": wrapped(Policy, "context", lambda f: torch.no_grad()(f))}
 UNMASKED = {
     "as our own padding": wrapped(
         Policy, "encode", lambda f: lambda self, inputs: f(copy_with(self, unmasked_padding=0), inputs)
     ),
     "padding looks about": looking(lambda S: torch.ones(S, S, dtype=torch.bool).tril()),
-}  # fmt: skip
+}  # fmt: skip  # one a line
 
 
 MUTANTS = VLM | CONTEXT | DIT | FROZEN | UNMASKED
@@ -551,7 +553,7 @@ FORGETFUL = {
     "whatever the weights": remembering(lambda self, prefix: (id(prefix.features), torch.is_grad_enabled())),
     "whatever the prefix": remembering(lambda self, prefix: (weights(self), torch.is_grad_enabled())),
     "with or without gradient": remembering(lambda self, prefix: (id(prefix.features), weights(self))),
-}  # fmt: skip
+}  # fmt: skip  # one a line
 
 
 def test_context_is_kept():
@@ -723,7 +725,7 @@ PICTURES = {
     "rounded": wrapped(torch.Tensor, "trunc", lambda f: lambda self: self.round()),
     "no antialias": interpolated(antialias=False),
     "bicubic": interpolated(mode="bicubic"),
-}  # fmt: skip
+}  # fmt: skip  # one a line
 
 
 def test_pictures():
@@ -798,7 +800,7 @@ def qwen():
         ">": 29, "pick": 29245, " up": 705, " the": 279, " black": 3691, " bowl": 19212, " between": 1948,
         " plate": 11968, " and": 323, " r": 435, "ame": 373, "kin": 7989, " place": 1992, " it": 432,
         " on": 389, "assistant": 77091,
-    }  # fmt: skip
+    }  # fmt: skip  # one a line
     tokenizer = Tokenizer(models.WordLevel(known, unk_token="?"))
     pieces = r" r(?=amekin)|ame(?=kin)|kin| ?[a-z]+|You|\d|\W"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
@@ -908,7 +910,7 @@ def same_velocity(a, b):
         return torch.equal(*(p.velocity(p.encode(inputs), x, tau)[0] for p in (a, b)))
 
 
-@pytest.mark.parametrize("layout", ["public", "shards", "tied", "lm_head", "pt"])
+@pytest.mark.parametrize("layout", ["public", "shards", "tied", "lm_head", "compiled", "pt"])
 def test_layouts(tmp_path, layout):
     policy = load_policy(lay(tmp_path, layout))
     assert same_velocity(policy, reference().robots[0][0])
@@ -1069,7 +1071,7 @@ DAMAGE = {  # what is wrong: (how, what the message has to say)
     "one axis": (change(action_encoder__W1__W=torch.zeros(3)), [""]),
     "of two robots": (change(action_encoder__W2__W=torch.zeros(1, 96, 48)), ["cannot be read"]),
     "tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), ["tokenizer.json"]),
-}  # fmt: skip
+}  # fmt: skip  # one a line
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -1135,8 +1137,8 @@ def test_full_size():
     assert sum(p.numel() for p in policy.actor_parameters()) == head
     assert [round(n / 1e6, 1) for n in (siglip, context, dit, 32 * robot, head, head + 31 * robot)] == [
         412.4, 201.4, 550.4, 315.4, 763.3, 1068.8,
-    ]  # fmt: skip
+    ]  # fmt: skip  # one a line
     tensors = {key: torch.empty(32, *x.shape[::-1], device="meta") if gr00t_models.OF_ROBOTS.match(key) else x
-               for key, x in policy.state_dict().items()}  # fmt: skip
+               for key, x in policy.state_dict().items()}  # fmt: skip  # one a line
     assert gr00t_models.read_config(tensors, {}) == GrootConfig()
     assert {gr00t_models.our_key(gr00t_models.their_key(key)) for key in tensors} == tensors.keys()

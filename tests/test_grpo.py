@@ -23,7 +23,7 @@ import flow_sde_ppo
 from envs import make_envs
 from flow_sde_grpo import Agent, Args, compute_advantages, main, transition, update
 from pi_models import Policy, Prefix, load_policy, save_policy
-from tabletop import Tabletop
+from simulators.tabletop import Tabletop
 
 # --- advantages ---
 
@@ -120,7 +120,7 @@ ADVANTAGES = {
         "mean of all": grpo(centre=everyone(torch.mean)), "no mean": grpo(centre=lambda r: 0),
         "interleaved": INTERLEAVED,
     },
-}  # fmt: skip
+}  # fmt: skip  # a table
 
 
 @pytest.mark.parametrize("compute", [compute_advantages, grpo()])
@@ -338,9 +338,14 @@ def test_run_without_signal(tmp_path, checkpoint, monkeypatch):
 def check_reference(*given):
     """The expert that training started from, which stays as it was, with the VLM of the policy itself."""
     rows, ((agent, _),) = train(*given, [0], kl_coef=0.5)
-    policy, reference, start = (dict(x.named_parameters()) for x in (
-        agent.policy, agent.reference.policy, load_policy(given[1]),
-    ))  # fmt: skip
+    policy, reference, start = (
+        dict(x.named_parameters())
+        for x in (
+            agent.policy,
+            agent.reference.policy,
+            load_policy(given[1]),
+        )
+    )
     assert rows[0]["losses/reference_kl"] >= 0
     for name, p in policy.items():
         vlm = name.split(".")[0] in ("vision_tower", "multi_modal_projector", "language_model")

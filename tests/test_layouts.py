@@ -143,6 +143,26 @@ def test_mixed_dtypes(tmp_path):
     assert 10 < len(wide) and policy.encode(reference("pi0").inputs).kv.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers(tmp_path, prefix):
+    """torch.compile and DistributedDataParallel put their name before every key, or in the middle of it."""
+    folder = lay(tmp_path)
+    tensors = {prefix + key: tensor for key, tensor in load_file(folder / ONE).items()}
+    save_file(
+        {key.replace("gemma_expert.", "gemma_expert._orig_mod."): t for key, t in tensors.items()},
+        folder / ONE,
+    )
+    check_golden(load_policy(folder), "pi0")
+
+
+@torch.no_grad()
+def test_fp64(tmp_path):
+    """A checkpoint in double precision computes, in single precision."""
+    policy = load_policy(lay(tmp_path, dtype=torch.float64))
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    check_golden(policy, "pi0")
+
+
 def test_value_head_of_another_kind(tmp_path, capsys):
     """RLinf's V_vlm reads no state, and pi0.5's critic is wider: the policy is taken, the head is not."""
     for i, shape in enumerate([(512, 48), (1024, 32)]):
@@ -185,12 +205,20 @@ def test_transformers(tmp_path):
     vlm |= dict(text_config=text, vision_config=vision)
     dit = gemma | dict(hidden_size=c.expert_width, intermediate_size=c.expert_mlp)
     model = PI0ForConditionalGeneration(PI0Config(vlm_config=vlm, dit_config=dit))
-    model.load_state_dict(renamed(openpi.weights, {
-        VLM + "model.vision_tower.vision_model.": "model.vlm.vision_tower.", VLM + "model.": "model.vlm.",
-        VLM + "lm_head.": "model.vlm.language_model.embed_tokens.", EXPERT + "model.": "model.dit.",
-        EXPERT + "lm_head.": "model.dit.embed_tokens.", "action_out_proj.": "action_out_proj.",
-        "": "embed_action_time.",
-    }))  # fmt: skip
+    model.load_state_dict(
+        renamed(
+            openpi.weights,
+            {
+                VLM + "model.vision_tower.vision_model.": "model.vlm.vision_tower.",
+                VLM + "model.": "model.vlm.",
+                VLM + "lm_head.": "model.vlm.language_model.embed_tokens.",
+                EXPERT + "model.": "model.dit.",
+                EXPERT + "lm_head.": "model.dit.embed_tokens.",
+                "action_out_proj.": "action_out_proj.",
+                "": "embed_action_time.",
+            },
+        )
+    )
     (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": STATS}))
     for own_keys in (True, False):
         model.save_pretrained(tmp_path, save_original_format=not own_keys)
@@ -208,7 +236,7 @@ def test_transformers(tmp_path):
     ("pi05", {}, (10, 200, False)),
     ("pi05", {"type": "pi05", "chunk_size": 50, "tokenizer_max_length": 180}, (50, 180, True)),
     ("pi05", {"action_horizon": 15, "precision": "bfloat16"}, (15, 200, False)),  # openpi
-])  # fmt: skip
+])  # fmt: skip  # a table
 def test_configs_of_others_at_full_size(variant, told, unseen):
     names = "horizon", "max_token_len", "state_in_prompt"
     with parameters_on_meta():
@@ -248,7 +276,7 @@ DAMAGE = {  # what is wrong: (layout, how, what the message has to say)
     "a folder": ("openpi", lambda folder: (folder / "also.safetensors").mkdir(), "cannot be read"),
     "no statistics": ("openpi", lambda folder: (folder / NORM_STATS).unlink(), "copy the norm_stats.json"),
     "tokenizer": ("openpi", lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
-}  # fmt: skip
+}  # fmt: skip  # a table
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

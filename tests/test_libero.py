@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from envs import LIBERO_STEPS, Libero, import_libero, make_envs
+from envs import make_envs
+from simulators.libero import LIBERO_STEPS, Libero, import_libero
 
 for package in ("libero", "robosuite", "bddl"):
     if find_spec(package) is None:
@@ -151,8 +152,12 @@ def test_success_ends_the_episode():
     """A drawer that is pulled out in the middle of a chunk."""
     envs = make_envs("libero_goal", 1, 0, obs_mode="state")
     block = envs.blocks[0]()  # what runs in a process
-    block.reset(options={key: np.full(1, value) for key, value in
-                         {"begin": True, "task": MIDDLE_DRAWER, "state": 0}.items()})  # fmt: skip
+    block.reset(
+        options={
+            key: np.full(1, value)
+            for key, value in {"begin": True, "task": MIDDLE_DRAWER, "state": 0}.items()
+        }
+    )
     told = block.step(np.tile(OPEN, (1, 2, 1)))[4]
     assert not told["terminated"].any() and not told["reward"].any() and told["length"] == [2]
     block.simulators[0].env.sim.data.set_joint_qpos("wooden_cabinet_1_middle_level", -0.15)
@@ -225,7 +230,7 @@ def test_equal_to_liberos_own_path():
 
 def test_first_import(tmp_path):
     """Nothing is asked, and no configuration is left in the user's home."""
-    code = "from envs import Libero; sim = Libero('libero_goal', 'state', 'paper')\n"
+    code = "from simulators.libero import Libero; sim = Libero('libero_goal', 'state', 'paper')\n"
     code += "sim.reset(8, 0); print(sim.observe()['state'].shape)"
     done = run(code, tmp_path, LIBERO_CONFIG_PATH=None)
     assert done.stdout == "(8,)\n", done.stderr

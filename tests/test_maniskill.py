@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from envs import SIMPLER, ManiSkill, check_maniskill, make_envs
+from envs import make_envs
+from simulators.maniskill import SIMPLER, ManiSkill, check_maniskill
 
 if find_spec("mani_skill") is None:
     pytest.skip("mani_skill is not installed: make install", allow_module_level=True)
@@ -33,21 +34,21 @@ def renderer(assets):
 
 @pytest.fixture(scope="module")
 def cube(renderer):
-    sim = ManiSkill("PickCube-v1", "state", "paper")
+    sim = ManiSkill("maniskill:PickCube-v1", "state", "paper")
     yield sim
     sim.env.close()
 
 
 @pytest.fixture(scope="module")
 def cube_rgb(renderer):
-    sim = ManiSkill("PickCube-v1", "rgb", "paper")
+    sim = ManiSkill("maniskill:PickCube-v1", "rgb", "paper")
     yield sim
     sim.env.close()
 
 
 @pytest.fixture(scope="module")
 def carrot(renderer):
-    sim = ManiSkill("PutCarrotOnPlateInScene-v1", "rgb", "paper")
+    sim = ManiSkill("maniskill_carrot", "rgb", "paper")
     yield sim
     sim.env.close()
 
@@ -188,8 +189,7 @@ def test_carrot_in_a_process(renderer, carrot):
 @pytest.mark.parametrize("name", SIMPLER)
 def test_layouts(renderer, name):
     """As many as SIMPLER says: the first one after them is the first one again."""
-    env_id, count = SIMPLER[name]
-    sim, seen = ManiSkill(env_id, "rgb", "paper"), []
+    sim, seen, count = ManiSkill(f"maniskill_{name}", "rgb", "paper"), [], SIMPLER[name][1]
     for state in (0, 1, count - 1, count):
         sim.reset(0, state)
         seen.append(np.stack([thing.pose.raw_pose.numpy().copy() for thing in sim.env.objs.values()]))
@@ -256,8 +256,15 @@ def test_simpler_rewards(carrot):
 def fails(env_id, **env):
     """The last line of a fresh process that builds it, is asked nothing and ends with exit code 2."""
     code, root = f"from envs import make_envs; make_envs({env_id!r}, 1, 0)", Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env={**os.environ, **env}, input="n\n",
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**os.environ, **env},
+        input="n\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1]
 

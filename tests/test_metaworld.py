@@ -1,22 +1,20 @@
-"""MetaWorld, and what all simulators in processes have in common: chunks, ends, groups, break-downs."""
+"""MetaWorld: its own steps and successes, its fixed initial states, its pictures, and a short training."""
 
 import json
 import multiprocessing
-import os
-import signal
 from collections import Counter
 
 import numpy as np
 import pytest
 
 pytest.importorskip("metaworld", reason="MetaWorld is not installed: make install")
+from conftest import Silent
 from metaworld import env_dict
 
-import flow_noise_ppo
-import flow_sde_grpo
 import flow_sde_ppo
 import flow_sft
-from envs import METAWORLD, MetaWorld, make_envs, metaworld_tasks, touching_object
+from envs import make_envs
+from simulators.metaworld import METAWORLD, MetaWorld, metaworld_tasks, touching_object
 
 THEIR_TOUCHING_OBJECT = env_dict.SawyerXYZEnv.touching_object  # a MetaWorld of ours replaces it
 TASK = "reach-v3"
@@ -64,13 +62,7 @@ def test_tasks():
         assert set(metaworld_tasks(name)) == set(theirs)
     assert set(metaworld_tasks("ml45")) == set(env_dict.ML45_V3["train"])
     assert set(metaworld_tasks("ml45_test")) == set(env_dict.ML45_V3["test"])
-    assert metaworld_tasks("push-v3") == ["push-v3"]
-
-
-def test_wrong_id(one_line_error):
-    assert "metaworld_push-v3" in one_line_error(make_envs, "metaworld_puhs-v3", 2, 0)
-    assert "libero_goal" in one_line_error(make_envs, "libero_gaol", 2, 0)
-    assert "maniskill_carrot" in one_line_error(make_envs, "maniskill_carot", 2, 0)
+    assert metaworld_tasks("push-v3") == metaworld_tasks("push") == ["push-v3"]
 
 
 # --- chunks and ends ---
@@ -117,7 +109,7 @@ def test_success_is_an_end(envs):
 
 def test_touching_object():
     """While the scripted expert grasps a puck: at every step and for every geom what MetaWorld says."""
-    simulator, touched = MetaWorld(["pick-place-v3"], "state", "paper"), []
+    simulator, touched = MetaWorld("metaworld_pick-place-v3", "state", "paper"), []
     simulator.reset(0, 3)
     for _ in range(60):
         simulator.step(simulator.expert_action())
@@ -190,7 +182,7 @@ def test_evaluation_states_are_fixed(envs):
 @pytest.fixture(scope="module")
 def picture():
     try:
-        simulator = MetaWorld(["push-v3"], "rgb", "paper")
+        simulator = MetaWorld("metaworld_push-v3", "rgb", "paper")
         simulator.reset(0, 0)
         return simulator, simulator.observe()
     except Exception as error:  # of any class, without the libraries
@@ -252,82 +244,7 @@ def test_fast_pictures_and_films(picture):
     envs.close()
 
 
-# --- processes ---
-
-
-def test_close_leaves_no_process():
-    before = set(multiprocessing.active_children())
-    envs = make(4)
-    envs.reset()
-    assert len(set(multiprocessing.active_children()) - before) == min(4, len(os.sched_getaffinity(0)))
-    envs.close()
-    assert set(multiprocessing.active_children()) == before
-    obs, _ = envs.reset(options={"eval_states": STATES})  # and begins again
-    assert obs["state"].shape == (4, 39)
-    envs.close()
-    with pytest.raises(Exception, match="reset"):
-        envs.step_chunk(wander(4, 1))
-
-
-def test_a_killed_process_is_named(one_line_error):
-    before, envs, saved = set(multiprocessing.active_children()), make(2), []
-    envs.reset()
-    envs.on_failure = lambda: saved.append(True)
-    os.kill(envs.processes.processes[-1].pid, signal.SIGKILL)
-    message = one_line_error(envs.step_chunk, wander(2, 5))
-    assert "metaworld_reach-v3" in message and "exit code [-9]" in message and "tasks [0]" in message
-    assert saved == [True] and set(multiprocessing.active_children()) <= before
-
-
-class Breaks(MetaWorld):
-    def step(self, action):
-        if action[0] == 0.5:
-            raise ZeroDivisionError("the arm fell off")
-        return super().step(action)
-
-
-def test_an_error_is_named(one_line_error, monkeypatch):
-    monkeypatch.setattr("envs.MetaWorld", Breaks)
-    envs = make(2)
-    envs.reset(options={"eval_states": [7, 8]})
-    actions = wander(2, 5)
-    envs.step_chunk(actions)
-    actions[1, 2, 0] = 0.5
-    message = one_line_error(envs.step_chunk, actions)
-    assert "task 0, initial state 8, step 7: ZeroDivisionError: the arm fell off" in message
-
-
-@pytest.mark.parametrize("shape", [(4, 4), (3, 5, 4), (4, 5, 3)])
-def test_wrong_shape(envs, shape):
-    envs.reset()
-    with pytest.raises(ValueError, match=r"expected shape \(4, chunk_len, 4\), got"):
-        envs.step_chunk(np.zeros(shape))
-
-
 # --- scripts ---
-
-
-def test_paper_rows():
-    """Numbers of the paper's Tables 7 and 8, typed from there once more."""
-    row = flow_sde_ppo.defaults(flow_sde_ppo.Args(env_id="libero_goal", model="pi05"))
-    assert (row.num_envs, row.num_steps * row.chunk_len, row.chunk_len) == (64, 8 * 320, 5)
-    assert row.num_envs * row.num_steps / row.num_minibatches == 2048 and row.update_epochs == 3
-    assert (row.learning_rate, row.critic_learning_rate) == (5e-6, 1e-4)
-    assert (row.gamma, row.gae_lambda) == (0.99, 0.95)
-    assert (row.denoise_steps, row.noise_level, row.clip_coef, row.critic) == (5, 0.3, 0.2, "vlm")
-    assert row.checkpoint == "RLinf/RLinf-Pi05-LIBERO-SFT" and row.lr_schedule == "constant"
-    long = flow_noise_ppo.defaults(flow_noise_ppo.Args(env_id="libero_10", model="pi05"))
-    assert (long.lr_schedule, long.chunk_len, long.num_steps * long.chunk_len) == ("cosine", 10, 8 * 480)
-    assert (long.noise_std_min, long.noise_std_max, long.ent_coef) == (0.04, 0.10, 0.005)
-    spatial = flow_sde_ppo.defaults(flow_sde_ppo.Args(env_id="libero_spatial"))
-    assert (spatial.learning_rate, spatial.update_epochs, spatial.critic) == (1e-5, 2, "expert")
-    assert (spatial.noise_std_min, spatial.noise_std_max, spatial.denoise_steps) == (0.08, 0.16, 4)
-    carrot = flow_sde_grpo.defaults(flow_sde_grpo.Args(env_id="maniskill_carrot"))
-    assert (carrot.num_envs, carrot.num_envs * carrot.num_steps, carrot.learning_rate) == (256, 2560, 5.6e-6)
-    cube = flow_sde_ppo.defaults(flow_sde_ppo.Args(env_id="maniskill_cube"))
-    assert cube.total_timesteps == 130 * 2560 * 5 and cube.critic_learning_rate == 1.1e-4
-    assert flow_sde_ppo.defaults(flow_sde_ppo.Args()) == flow_sde_ppo.Args()
-    assert flow_sde_ppo.defaults(flow_sde_ppo.Args(env_id="maniskill:PickCube-v1")).checkpoint == ""
 
 
 def test_sft_then_rl(tmp_path, monkeypatch):
@@ -336,28 +253,40 @@ def test_sft_then_rl(tmp_path, monkeypatch):
 
     before, start = set(multiprocessing.active_children()), str(tmp_path / "sft")
     monkeypatch.setattr(flow_sft, "tqdm", lambda steps, **_: Silent(steps))
-    flow_sft.main(flow_sft.Args(
-        env_id="metaworld_reach-v3", obs_mode="state", num_envs=2, num_demos=2, total_steps=30, output=start,
-    ))  # fmt: skip
-    sizes = dict(env_id="metaworld_reach-v3", obs_mode="state", checkpoint=start, num_envs=4, eval_freq=0,
-                 num_minibatches=2, total_timesteps=100, run_dir=str(tmp_path / "runs"))  # fmt: skip
+    flow_sft.main(
+        flow_sft.Args(
+            env_id="metaworld_reach-v3",
+            obs_mode="state",
+            num_envs=2,
+            num_demos=2,
+            total_steps=30,
+            output=start,
+        )
+    )
+    sizes = dict(
+        env_id="metaworld_reach-v3",
+        obs_mode="state",
+        checkpoint=start,
+        num_envs=4,
+        eval_freq=0,
+        num_minibatches=2,
+        total_timesteps=100,
+        run_dir=str(tmp_path / "runs"),
+    )
     monkeypatch.setattr(flow_sde_ppo, "evaluate", lambda *_, **__: {"success": np.zeros(2)})
     flow_sde_ppo.main(flow_sde_ppo.Args(**sizes, num_steps=6))
     (checkpoint,) = (tmp_path / "runs").glob("*/checkpoint")
     monkeypatch.undo()
-    evaluate.main(evaluate.Args(
-        env_id="metaworld_reach-v3", obs_mode="state", checkpoints=(start, str(checkpoint)), num_envs=25,
-        json=str(tmp_path / "report.json"),
-    ))  # fmt: skip
+    evaluate.main(
+        evaluate.Args(
+            env_id="metaworld_reach-v3",
+            obs_mode="state",
+            checkpoints=(start, str(checkpoint)),
+            num_envs=25,
+            json=str(tmp_path / "report.json"),
+        )
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     assert [r["episodes"] for r in report["results"]] == [50, 50]
     assert report["protocol"]["max_episode_steps"] == 100 and report["protocol"]["obs_mode"] == "state"
     assert set(multiprocessing.active_children()) <= before
-
-
-class Silent(list):
-    def __init__(self, steps):
-        super().__init__(steps)
-
-    def set_postfix_str(self, text):
-        pass

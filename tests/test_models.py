@@ -37,16 +37,28 @@ def reference(variant):
     io, weights, grads = map(load_file, files)
     sizes = json.loads((GOLDEN / f"openpi_{variant}.json").read_text())
     vision, text, expert = (sizes[key] for key in ("vision", "text", "expert"))
-    policy = Policy(PiConfig(
-        variant=variant, image_size=vision["image_size"], patch_size=vision["patch_size"],
-        vision_width=vision["hidden_size"], vision_mlp=vision["intermediate_size"],
-        vision_depth=vision["num_hidden_layers"],
-        vision_heads=vision["num_attention_heads"], width=text["width"], mlp=text["mlp_dim"],
-        depth=text["depth"], heads=text["num_heads"], head_dim=text["head_dim"],
-        vocab_size=sizes["vocab_size"],
-        expert_width=expert["width"], expert_mlp=expert["mlp_dim"], horizon=sizes["action_horizon"],
-        max_token_len=sizes["max_token_len"],
-    ), STATS).eval()  # fmt: skip
+    policy = Policy(
+        PiConfig(
+            variant=variant,
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            vision_width=vision["hidden_size"],
+            vision_mlp=vision["intermediate_size"],
+            vision_depth=vision["num_hidden_layers"],
+            vision_heads=vision["num_attention_heads"],
+            width=text["width"],
+            mlp=text["mlp_dim"],
+            depth=text["depth"],
+            heads=text["num_heads"],
+            head_dim=text["head_dim"],
+            vocab_size=sizes["vocab_size"],
+            expert_width=expert["width"],
+            expert_mlp=expert["mlp_dim"],
+            horizon=sizes["action_horizon"],
+            max_token_len=sizes["max_token_len"],
+        ),
+        STATS,
+    ).eval()
     keys = {key: pi_models.their_key(key) for key in policy.state_dict()}
     policy.load_state_dict({key: weights[theirs] for key, theirs in keys.items()})
     policy.requires_grad_(True)
@@ -587,7 +599,7 @@ DAMAGE = {  # what is wrong: (how, what the message has to say)
     "half the statistics": (
         edit("norm_stats.json", lambda s: {"norm_stats": {"state": s["norm_stats"]["state"]}}), ["actions"],
     ),
-}  # fmt: skip
+}  # fmt: skip  # a table
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -261,6 +261,11 @@ def step(change, owner=Agent, name="step"):
     return on(owner, name, lambda f, *a: change(*f(*a)))
 
 
+def half_a_step(f, agent, *a):
+    f(agent, *a)
+    agent.delta /= 2
+
+
 def rated_as(change):
     return step(change, name="evaluate_actions")
 
@@ -302,8 +307,8 @@ BROKEN = {  # check: what is broken, and how
     },
     check_ratio: {"chains one off": ONE_OFF, "chunks see each other": SEE_EACH_OTHER},
     check_deterministic: {
-        "with noise": step(lambda v, mu, std: (v + 1e-3 * std, mu, std)),
-        "half a step": step(lambda v, mu, std: (v / 2, mu, std)),
+        "with noise": on(Agent, "act", lambda f, *a, deterministic=False: f(*a)),
+        "half a step": on(Agent, "__init__", half_a_step),
     },
     check_several_chunks: {
         "chunks see each other": SEE_EACH_OTHER,

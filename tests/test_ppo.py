@@ -348,7 +348,7 @@ AGENT = {  # what is broken: (how, the checks that must see it)
     "values of the steps' ends": (valuing(lambda chain: chain.roll(-1, dims=1)), [check_value]),
     "value of A^0 only": (valuing(lambda chain: chain[:, :1].expand_as(chain)), [check_value]),
     "values in another order": (valuing(lambda chain: chain.flip(1)), [check_value]),
-}  # fmt: skip
+}  # fmt: skip  # a table
 CHECKS = [check_euler, check_chain, check_draws, check_noise, check_ratio, check_log_prob, check_value]
 
 
@@ -421,9 +421,14 @@ def rollout(agent, T=3, N=8):
     advantages, returns, value = torch.randn((3, T, N, S), generator=generator)
     return SimpleNamespace(
         inputs={name: torch.stack([getattr(p, name) for p in steps]) for name in Prefix._fields},
-        chain=chain, denoise_idx=denoise_idx, logprob=logprob, advantages=advantages + 1, returns=returns,
-        value=0.3 * value, alive=alive,
-    )  # fmt: skip
+        chain=chain,
+        denoise_idx=denoise_idx,
+        logprob=logprob,
+        advantages=advantages + 1,
+        returns=returns,
+        value=0.3 * value,
+        alive=alive,
+    )
 
 
 def run_update(agent, batch, rate=1.0, kind=torch.optim.SGD, train_actor=True, seed=0, **changed):

@@ -131,10 +131,15 @@ def test_update_encodes_again():
         chain, denoise_idx, logprob = agent.act(policy.encode(inputs), generator)
     advantages = torch.randn(N, 1, generator=generator)
     batch = SimpleNamespace(
-        inputs={k: v[None] for k, v in inputs.items()}, chain=chain[None], denoise_idx=denoise_idx[None],
-        logprob=logprob[None], advantages=advantages[None], value=torch.zeros(1, N, 1),
-        returns=torch.randn((1, N, 1), generator=generator), alive=torch.ones(1, N, dtype=torch.bool),
-    )  # fmt: skip
+        inputs={k: v[None] for k, v in inputs.items()},
+        chain=chain[None],
+        denoise_idx=denoise_idx[None],
+        logprob=logprob[None],
+        advantages=advantages[None],
+        value=torch.zeros(1, N, 1),
+        returns=torch.randn((1, N, 1), generator=generator),
+        alive=torch.ones(1, N, dtype=torch.bool),
+    )
     names = [name for name, p in policy.named_parameters() if p.requires_grad and "value_head" not in name]
     parameters = [dict(policy.named_parameters())[name] for name in names]
     assert any("lora_a" in name for name in names)
@@ -221,7 +226,7 @@ def test_no_camera():
     (4, 7, {"action_in_proj.weight", "action_out_proj.weight", "action_out_proj.bias"}),
     (8, 7, {"state_proj.weight", "action_in_proj.weight", "action_out_proj.weight", "action_out_proj.bias"}),
     (3, 2, set()),
-])  # fmt: skip
+])  # fmt: skip  # a table
 def test_fit_robot(state, action, changed):
     policy = make_policy()
     before = {name: p.shape for name, p in policy.named_parameters()}

@@ -1,8 +1,8 @@
 """The built-in simulator: ten instructions for a gripper on a table, all environments computed at once.
 
 It needs nothing but NumPy, draws 32 x 32 pictures in microseconds and has a scripted expert, so a policy can
-be pre-trained, fine-tuned and trained by RL on a laptop in minutes. `make_envs("tabletop", ...)` in envs.py
-makes it like any other. The table is [-1, 1]^2 with y up, the camera looks straight down.
+be pre-trained, fine-tuned and trained by RL on a laptop in minutes. An evaluation has 50 fixed scenes per
+task, training draws random ones. The table is [-1, 1]^2 with y up, the camera looks straight down.
 """
 
 import functools
@@ -12,6 +12,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
+
+from envs import select_rows
 
 RED, GREEN, BLUE, PLATE, BOWL, BUTTON, HANDLE, NOTHING = *range(7), -1
 TASKS = {  # name: (instruction, source, destination)
@@ -44,11 +46,6 @@ def sample_scenes(rng, n):
     return objects, rng.uniform(-0.6, 0.6, n), rng.uniform((-0.5, -0.5), (0.5, 0.4), (n, 2))
 
 
-def select_rows(obs, rows):
-    """The observation of some of the environments; rows is an index array."""
-    return {k: [v[i] for i in rows] if isinstance(v, list) else v[rows] for k, v in obs.items()}
-
-
 class Tabletop(gym.vector.VectorEnv):
     """A gripper, three blocks, a plate, a bowl, a button and a drawer: ten instructions in one scene.
 
@@ -57,44 +54,41 @@ class Tabletop(gym.vector.VectorEnv):
     reward is 1 at the step that does what the instruction says, which ends the episode, and 0 before.
     """
 
-    max_episode_steps = 40
+    env_ids = ["tabletop", *(f"tabletop_{task}" for task in TASKS)]
+    trials = (("tabletop", "rgb"),)
+    max_episode_steps = 40  # under every protocol
 
-    def __init__(self, tasks, num_envs, seed, partial_reset=True, group_size=1):
-        self.tasks, self.num_envs, self.partial_reset = tasks, num_envs, partial_reset
-        self.group_size = group_size
-        self.prompts = [TASKS[task][0] for task in tasks]
-        self.goals = np.array([TASKS[task][1:] for task in tasks])  # (tasks, 2): source, destination
+    def __init__(self, env_id, num_envs, seed, partial_reset, group_size, obs_mode, protocol):
+        self.tasks = list(TASKS) if env_id == "tabletop" else [env_id.removeprefix("tabletop_")]
+        self.num_envs, self.partial_reset, self.group_size = num_envs, partial_reset, group_size
+        self.prompts = [TASKS[task][0] for task in self.tasks]
+        self.goals = np.array([TASKS[task][1:] for task in self.tasks])  # (tasks, 2): source, destination
         mode = AutoresetMode.SAME_STEP if partial_reset else AutoresetMode.DISABLED
         self.metadata = {"render_fps": 10, "render_modes": ["rgb_array"], "autoreset_mode": mode}
         self.render_mode = "rgb_array"
         self.record = 0  # k > 0: step_chunk also gives info["frames"], pictures of the first k environments
+        images, state = spaces.Box(0, 255, (1, 32, 32, 3), np.uint8), spaces.Box(-1, 1, (4,), np.float32)
         letters = "".join(sorted(set("".join(self.prompts))))
-        self.single_observation_space = spaces.Dict({
-            "images": spaces.Box(0, 255, (1, 32, 32, 3), np.uint8),
-            "state": spaces.Box(-1, 1, (4,), np.float32),
-            "prompt": spaces.Text(max(map(len, self.prompts)), charset=letters),
-        })
+        prompt = spaces.Text(max(map(len, self.prompts)), charset=letters)
+        self.single_observation_space = spaces.Dict({"images": images, "state": state, "prompt": prompt})
         self.single_action_space = spaces.Box(-1, 1, (3,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-        self.num_eval_states = EVAL_STATES * len(tasks)
+        self.num_eval_states = EVAL_STATES * len(self.tasks)
         self.num_eval_envs = min(self.num_eval_states, 250)  # at once
         scenes = sample_scenes(np.random.default_rng(EVAL_SEED), EVAL_STATES * len(TASKS))
-        rows = [list(TASKS).index(task) * EVAL_STATES + np.arange(EVAL_STATES) for task in tasks]
+        rows = [list(TASKS).index(task) * EVAL_STATES + np.arange(EVAL_STATES) for task in self.tasks]
         self.eval_scenes = [part[np.concatenate(rows)] for part in scenes]  # a task has the same ones alone
-
         self.rng = np.random.default_rng(seed)
-        n = num_envs
-        self.objects = np.zeros((n, 6, 2))
-        self.gripper = np.zeros((n, 2))
-        self.fingers, self.handle_x, self.opening = np.zeros((3, n))
-        self.held, self.task, self.length = np.zeros((3, n), int)
-        self.order = np.zeros((n, 3), int)  # blocks from the lowest to the topmost
-        self.pressed, self.alive, self.success = np.zeros((3, n), bool)
+        self.objects, self.gripper = np.zeros((num_envs, 6, 2)), np.zeros((num_envs, 2))
+        self.fingers, self.handle_x, self.opening = np.zeros((3, num_envs))
+        self.held, self.task, self.length = np.zeros((3, num_envs), int)
+        self.order = np.zeros((num_envs, 3), int)  # blocks from the lowest to the topmost
+        self.pressed, self.alive, self.success = np.zeros((3, num_envs), bool)
         self.started = False
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         options = dict(options or {})
         eval_states = options.pop("eval_states", None)
         if options:
@@ -239,48 +233,59 @@ class Tabletop(gym.vector.VectorEnv):
 
         top = np.column_stack([self.handle_x[rows], np.full(len(held), CABINET_Y)])
         handle = (CABINET_Y - HANDLE_Y + self.opening[rows])[:, None, None]  # from the cabinet to the handle
-        front = handle - 0.06  # to the front panel
-        paint(canvas, top, (0.32, 0.62), lambda x, y, px: [
-            (0.35 * box(x - 0.02, y + front / 2 + 0.02, 0.24, front / 2 + 0.03, 0.08), SHADOW),
-            (box(x, y + front / 2, 0.22, front / 2, px), DRAWER),
-            (box(x, y + front / 2, 0.18, front / 2, px), INSIDE),
-            (box(x, y + front, 0.24, 0.04, px), DRAWER),
-            (box(x, y + handle, 0.13, 0.045, px), YELLOW),
-        ])
-        paint(canvas, objects[:, PLATE], (0.33, 0.33), lambda x, y, px: [
-            (0.35 * disc(x - 0.02, y + 0.03, 0.25, 0.06), SHADOW),
-            (disc(x, y, 0.25, px), WHITE * 0.86),
-            (disc(x, y, 0.235, px), WHITE),
-            (disc(x, y, 0.17, px), WHITE * 0.9),
-            (disc(x, y, 0.155, px), WHITE),
-        ])
-        paint(canvas, objects[:, BOWL], (0.30, 0.30), lambda x, y, px: [
-            (0.35 * disc(x - 0.02, y + 0.03, 0.22, 0.06), SHADOW),
-            (disc(x, y, 0.22, px), ORANGE),
-            (disc(x, y, 0.155, px), BOWL_INSIDE),
-            (0.5 * disc(x + 0.02, y - 0.03, 0.10, 0.06), BOWL_INSIDE * 1.3),
-        ])
-        down = self.pressed[rows][:, None, None]
-        paint(canvas, objects[:, BUTTON], (0.22, 0.22), lambda x, y, px: [
-            (0.35 * disc(x - 0.02, y + 0.03, 0.14, 0.06), SHADOW),
-            (disc(x, y, 0.14, px), np.where(down[..., None], CYAN, DARK)),  # lights up
-            (disc(x, y, np.where(down, 0.085, 0.105), px), MAGENTA),
-        ])
+        front, down = handle - 0.06, self.pressed[rows][:, None, None]  # to the front panel
+
+        def drawer(x, y, px):
+            yield 0.35 * box(x - 0.02, y + front / 2 + 0.02, 0.24, front / 2 + 0.03, 0.08), SHADOW
+            yield box(x, y + front / 2, 0.22, front / 2, px), DRAWER
+            yield box(x, y + front / 2, 0.18, front / 2, px), INSIDE
+            yield box(x, y + front, 0.24, 0.04, px), DRAWER
+            yield box(x, y + handle, 0.13, 0.045, px), YELLOW
+
+        paint(canvas, top, (0.32, 0.62), drawer)
+
+        def plate(x, y, px):
+            yield 0.35 * disc(x - 0.02, y + 0.03, 0.25, 0.06), SHADOW
+            yield disc(x, y, 0.25, px), WHITE * 0.86
+            yield disc(x, y, 0.235, px), WHITE
+            yield disc(x, y, 0.17, px), WHITE * 0.9
+            yield disc(x, y, 0.155, px), WHITE
+
+        paint(canvas, objects[:, PLATE], (0.33, 0.33), plate)
+
+        def bowl(x, y, px):
+            yield 0.35 * disc(x - 0.02, y + 0.03, 0.22, 0.06), SHADOW
+            yield disc(x, y, 0.22, px), ORANGE
+            yield disc(x, y, 0.155, px), BOWL_INSIDE
+            yield 0.5 * disc(x + 0.02, y - 0.03, 0.10, 0.06), BOWL_INSIDE * 1.3
+
+        paint(canvas, objects[:, BOWL], (0.30, 0.30), bowl)
+
+        def button(x, y, px):
+            yield 0.35 * disc(x - 0.02, y + 0.03, 0.14, 0.06), SHADOW
+            yield disc(x, y, 0.14, px), np.where(down[..., None], CYAN, DARK)  # lights up
+            yield disc(x, y, np.where(down, 0.085, 0.105), px), MAGENTA
+
+        paint(canvas, objects[:, BUTTON], (0.22, 0.22), button)
         for block in self.order[rows].T:  # the lowest first
             lifted = (held == block)[:, None, None]
             half, drop = np.where(lifted, 0.135, 0.12), np.where(lifted, 0.05, 0.02)  # nearer to the camera
             colour = BLOCKS[block][:, None, None]
-            paint(canvas, objects[np.arange(len(held)), block], (0.22, 0.22), lambda x, y, px: [
-                (0.4 * box(x - drop, y + drop, half, half, 0.06), SHADOW),
-                (box(x, y, half, half, px), colour * 0.72),
-                (box(x, y, half - 0.025, half - 0.025, px), colour),
-            ])
+
+            def cube(x, y, px):
+                yield 0.4 * box(x - drop, y + drop, half, half, 0.06), SHADOW
+                yield box(x, y, half, half, px), colour * 0.72
+                yield box(x, y, half - 0.025, half - 0.025, px), colour
+
+            paint(canvas, objects[np.arange(len(held)), block], (0.22, 0.22), cube)
         gap = np.maximum(0.20 - 0.15 * self.fingers[rows], np.where(held == NOTHING, 0, 0.15))[:, None, None]
-        paint(canvas, gripper, (0.25, 0.2), lambda x, y, px: [
-            (box(np.abs(x) - gap, y, 0.025, 0.09, px), DARK),
-            (box(x, y - 0.115, gap + 0.025, 0.025, px), DARK),
-            (box(x, y - 0.15, 0.06, 0.035, px), DARK),
-        ])
+
+        def fingers(x, y, px):
+            yield box(np.abs(x) - gap, y, 0.025, 0.09, px), DARK
+            yield box(x, y - 0.115, gap + 0.025, 0.025, px), DARK
+            yield box(x, y - 0.15, 0.06, 0.035, px), DARK
+
+        paint(canvas, gripper, (0.25, 0.2), fingers)
         return (canvas + 0.5).astype(np.uint8)
 
 
@@ -297,12 +302,14 @@ BLOCKS = np.float32([(222, 40, 40), (40, 170, 60), (40, 90, 230)])  # red, green
 def background(size):
     """The empty table and the cabinet's top: (1, size, size, 3)."""
     canvas = np.tile(EDGE, (1, size, size, 1))
-    paint(canvas, np.zeros((1, 2)), (VIEW, VIEW), lambda x, y, px: [
-        (box(x, y, 1, 1, px), TABLE),
-        (0.06 * (0.5 + 0.5 * np.sin(9 * y + 2 * np.sin(1.3 * x))) * box(x, y, 1, 1, px), EDGE),  # grain
-        (0.3 * box(x, y - 0.92, 1.2, 0.15, 0.06), SHADOW),
-        (box(x, y - CABINET_Y - 0.2, 1.2, 0.2, px), CABINET),
-    ])
+
+    def table(x, y, px):
+        yield box(x, y, 1, 1, px), TABLE
+        yield 0.06 * (0.5 + 0.5 * np.sin(9 * y + 2 * np.sin(1.3 * x))) * box(x, y, 1, 1, px), EDGE  # grain
+        yield 0.3 * box(x, y - 0.92, 1.2, 0.15, 0.06), SHADOW
+        yield box(x, y - CABINET_Y - 0.2, 1.2, 0.2, px), CABINET
+
+    paint(canvas, np.zeros((1, 2)), (VIEW, VIEW), table)
     return canvas
 
 
@@ -319,7 +326,7 @@ def box(x, y, half_x, half_y, blur):
 
 
 def paint(canvas, centre, reach, layers):
-    """Blends layers(x, y, pixel) = [(coverage, colour), ...] into the window centre +- reach of each picture.
+    """Blends layers(x, y, px), each a coverage and a colour, into the window centre +- reach of each picture.
 
     Only the window is read and written, which is what makes 32 pixels fast. Past the border the indices are
     clipped: those pixels are computed more than once, with the same result.

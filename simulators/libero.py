@@ -1,0 +1,139 @@
+"""LIBERO: a Franka arm in kitchens, studies and living rooms, on robosuite and MuJoCo; five suites of tasks.
+
+Spatial, Object, Goal and 10 (Long) have ten tasks each, LIBERO-90 has ninety. A task is a BDDL file (scene,
+instruction, goal as predicates) and a file of fifty initial states, which evaluation and training share.
+
+    state    position (3) and axis-angle (3) of the end effector, the two fingers (2)
+    action   motion (3) and rotation (3) of the end effector, gripper (1): -1 opens, 1 closes
+    picture  2 x 256 x 256, agentview and robot0_eye_in_hand, mirrored as in the public demonstrations
+    success  the goal's predicates hold
+
+An episode begins with the scene's reset, an initial state, and ten steps in which the objects settle. The
+package has no meshes and no textures: LIBERO_ASSETS is their folder, or it downloads them once.
+"""
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+LIBERO_STEPS = {  # an episode's: (the paper's, openpi's); the ten steps in which objects settle do not count
+    "libero_spatial": (240, 220),
+    "libero_object": (320, 280),
+    "libero_goal": (320, 300),
+    "libero_10": (480, 520),
+    "libero_90": (400, 400),
+}
+
+
+def import_libero():
+    """LIBERO's folder. Imports it without its questions and without files in the user's home."""
+    with tempfile.TemporaryDirectory() as folder:  # its config.yaml must exist; nothing reads it
+        Path(folder, "config.yaml").touch()
+        os.environ["LIBERO_CONFIG_PATH"] = folder
+        import libero.libero
+    folder = os.environ.get("LIBERO_ASSETS") or libero.libero.get_assets_path()  # downloads them, once
+    if not Path(folder, "scenes").is_dir():
+        advice = "unpack them and set LIBERO_ASSETS to the folder"
+        raise ValueError(f"LIBERO's assets are missing, {folder} has no scenes: {advice}")
+    libero.libero._assets_path_cache = folder  # it does not read the entry of its config file
+    return Path(libero.libero.__file__).parent
+
+
+class Libero:
+    env_ids = list(LIBERO_STEPS)
+    trials = ("libero_goal", "state"), ("libero_goal", "rgb")
+    action_dim = 7
+    num_eval_states, train_states = 50, (0, 50)  # all that there are
+    # What a picture depends on. robosuite takes a step's observation in the 24th of its 25 substeps; these
+    # are noted there and drawn when asked for: its own cameras' pictures, but not one for every step.
+    POSES = "geom_xpos geom_xmat site_xpos site_xmat cam_xpos cam_xmat light_xpos light_xdir".split()
+
+    def __init__(self, env_id, obs_mode, protocol):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        self.suite, self.obs_mode, self.task, self.env = env_id, obs_mode, None, None
+        self.folder = import_libero()
+        from libero.libero.benchmark import task_maps
+
+        self.prompts = {task.name: task.language for task in task_maps[self.suite].values()}
+        self.max_episode_steps = dict(zip(("paper", "openpi"), LIBERO_STEPS[self.suite]))[protocol]
+
+    def _build(self, task):
+        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # three lines about macros per process
+        import torch
+        from libero.libero.envs.env_wrapper import ControlEnv
+        from robosuite.utils.observables import Observable, sensor
+
+        if self.env is not None:
+            self.env.close()
+        name = list(self.prompts)[task]
+        self.env = ControlEnv(
+            bddl_file_name=f"{self.folder}/bddl_files/{self.suite}/{name}.bddl",
+            use_camera_obs=False,
+            has_offscreen_renderer=False,
+            ignore_done=True,  # how long an episode lasts is decided in envs.py
+            hard_reset=False,  # a reset keeps the compiled scene
+        )
+        rebuild = np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"  # NumPy 1's name
+        numpy = [rebuild, np.ndarray, np.dtype, np.dtypes.Float64DType]
+        with torch.serialization.safe_globals(numpy):  # arrays, and nothing else
+            file = f"{self.folder}/init_files/{self.suite}/{name}.pruned_init"
+            self.states, self.task = torch.load(file, weights_only=True), task  # (50, 1 + nq + nv)
+
+        @sensor(modality="poses")
+        def note_poses(_):
+            self.poses = {name: getattr(self.env.sim.data, name).copy() for name in self.POSES}
+            return np.zeros(1)
+
+        robosuite, needed = self.env.env, ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+        robosuite._observables = {name: robosuite._observables[name] for name in needed}
+        robosuite.add_observable(Observable("poses", note_poses))
+
+    def reset(self, task, state):
+        if task != self.task:
+            self._build(task)
+        from robosuite.utils.errors import RandomizationError
+
+        np.random.seed(state)  # the furniture is no part of the initial state: a reset draws it, within 1 cm
+        while True:
+            try:
+                self.env.env.reset()  # LIBERO's own reset() retries after any error, so some hang for ever
+                break
+            except RandomizationError:  # objects did not fit where they were drawn
+                pass
+        self.env.robots[0].gripper.current_action = np.zeros(1)  # the last episode's, as the scene was kept
+        self.obs = self.env.set_init_state(self.states[state])
+        for _ in range(10):  # objects settle, the gripper opens
+            self.step([0, 0, 0, 0, 0, 0, -1])
+
+    def step(self, action):
+        self.obs, reward, success, _ = self.env.step(np.asarray(action, np.float64))
+        return float(reward), bool(success)
+
+    def observe(self):
+        quat = self.obs["robot0_eef_quat"]  # x, y, z, w
+        cos = np.clip(quat[3], -1, 1)  # of half the angle, which is in [0, 2 pi]: not the shorter way
+        sin = np.sqrt(1 - cos * cos)
+        axis_angle = quat[:3] / sin * 2 * np.arccos(cos) if sin > 0 else np.zeros(3)
+        state = np.concatenate([self.obs["robot0_eef_pos"], axis_angle, self.obs["robot0_gripper_qpos"]])
+        images = np.zeros((0, 1, 1, 3), np.uint8)
+        if self.obs_mode != "state":  # the checkpoints were trained on mirrored pictures
+            images = np.stack([self.render(256, eye)[:, ::-1] for eye in ("agentview", "robot0_eye_in_hand")])
+        return {"images": images, "state": state.astype(np.float32)}
+
+    def render(self, size, camera="agentview"):
+        """The scene as the camera sees it, upright: left is the left of LIBERO's instructions."""
+        sim = self.env.sim
+        if sim._render_context_offscreen is None:
+            from robosuite.utils.binding_utils import MjRenderContextOffscreen
+
+            if self.obs_mode == "fast":  # before the context, which reads offsamples once
+                sim.model.vis.quality.offsamples = 0
+                sim.model.light_castshadow[:], sim.model.mat_reflectance[:] = 0, 0
+            MjRenderContextOffscreen(sim, device_id=-1).vopt.geomgroup[0] = 0  # no collision shapes
+        sim._render_context_offscreen.gl_ctx.make_current()
+        for name, value in self.poses.items():
+            getattr(sim.data, name)[:] = value  # the next step computes them anew
+        return sim.render(size, size, camera_name=camera)[::-1]  # OpenGL's first row is the lowest

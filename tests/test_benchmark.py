@@ -1,0 +1,195 @@
+"""The benchmark scripts: the exact gradients of docs/math.md, and the report on runs."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+
+import draw  # noqa: E402
+import plot  # noqa: E402
+from marginals import toy_gradient, toy_return, toy_reward, toy_scores, toy_step  # noqa: E402
+
+torch.set_num_threads(1)
+WEIGHTS = torch.tensor([[0.1, -0.2], [0.0, 0.3], [-0.3, 0.1], [0.2, 0.2]]).double()  # (K, 2)
+
+
+def hybrid(K):
+    return [(k,) for k in range(K)]
+
+
+def two_layer(K):
+    return [tuple(range(K))]
+
+
+def drawn_only(noisy_steps, K):
+    return noisy_steps
+
+
+@pytest.mark.parametrize("noisy_steps", [(), (0,), (2,), (0, 1, 2, 3)])
+def test_exact_return_is_the_mean_of_samples(noisy_steps, n=400_000):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, generator=generator).double()
+    for k in range(4):
+        mu, std = toy_step(x, k, 4, 0.7 if k in noisy_steps else 0.0, WEIGHTS)
+        x = mu + std * torch.randn(n, generator=generator).double()
+    reward = toy_reward(x)
+    error = (reward.std() / n**0.5).item()
+    assert error < 1e-3 and abs(toy_return(4, 0.7, noisy_steps, WEIGHTS) - reward.mean()) < 4 * error
+
+
+@pytest.mark.parametrize("K, a", [(1, 0.5), (2, 0.5), (3, 0.7), (4, 0.5), (4, 1.0)])
+def test_two_layer_score_terms_are_the_whole_gradient(K, a):
+    assert toy_scores(K, a, two_layer(K))[0] == pytest.approx(toy_gradient(K, a, two_layer(K)), abs=1e-6)
+
+
+@pytest.mark.parametrize("K, a", [(2, 0.5), (2, 1.0), (4, 0.5), (4, 1.0), (10, 0.5)])
+def test_hybrid_score_term_is_the_part_through_the_drawn_step(K, a):
+    score, exact = toy_scores(K, a, hybrid(K))[0], toy_gradient(K, a, hybrid(K))
+    assert score == pytest.approx(toy_gradient(K, a, hybrid(K), drawn_only), abs=1e-6)
+    assert np.linalg.norm(score) < 0.6 * np.linalg.norm(exact)
+
+
+def test_hybrid_score_term_is_a_kth_of_the_gradient():
+    """In nearly its direction with the paper's K = 4 and a = 0.5, but not where K is 2 and a is 1."""
+    for K, factor in ((4, 1.15), (10, 1.15)):
+        score, exact = toy_scores(K, 0.5, hybrid(K))[0], toy_gradient(K, 0.5, hybrid(K))
+        assert (1 / K < score / exact).all() and (score / exact < factor / K).all()
+        assert score @ exact > 0.999 * np.linalg.norm(score) * np.linalg.norm(exact)
+    score, exact = toy_scores(2, 1.0, hybrid(2))[0], toy_gradient(2, 1.0, hybrid(2))
+    assert score @ exact < 0.8 * np.linalg.norm(score) * np.linalg.norm(exact)
+
+
+def make_run(folder, iterations=5, eval_freq=2, finished=True, **flags):
+    """Iterations of 100 steps and 60 seconds; success in iteration i is i / 10, by the ODE 0.05 more."""
+    args = {"exp_name": "flow_sde_ppo", "seed": 1, "eval_freq": eval_freq, "run_dir": str(folder.parent)}
+    args |= {"total_timesteps": 100 * iterations + (0 if finished else 1)} | flags
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(args))
+    with open(folder / "metrics.csv", "w") as file:
+        table = csv.writer(file)
+        times = "time/rollout time/encode time/update".split()
+        table.writerow(["iteration", "global_step", "charts/success_once", *times, "eval/success_rate"])
+        evaluated = 0.05 if eval_freq >= 0 else "nan"  # before the first iteration
+        for i in range(1, iterations + 1):
+            if eval_freq > 0 and i % eval_freq == 0 or eval_freq >= 0 and finished and i == iterations:
+                evaluated = i / 10 + 0.05
+            table.writerow([i, 100 * i, i / 10, 30, 10, 20, evaluated])
+    return folder
+
+
+def test_evaluations_of_a_run(tmp_path):
+    def read(name, **options):
+        return [
+            curve.tolist() for curve in plot.evaluations(*plot.read_run(make_run(tmp_path / name, **options)))
+        ]
+
+    assert read("usual") == [[0, 200, 400, 500], [0, 2, 4, 5], pytest.approx([0.05, 0.25, 0.45, 0.55])]
+    assert read("ends", eval_freq=0) == [[0, 500], [0, 5], pytest.approx([0.05, 0.55])]
+    assert read("goes on", finished=False) == [[0, 200, 400], [0, 2, 4], pytest.approx([0.05, 0.25, 0.45])]
+    assert np.isnan(read("never", eval_freq=-1)[2]).all()
+
+
+def test_report_tells_what_differs(tmp_path, capsys):
+    one = make_run(tmp_path / "one", noise_level=1.0)
+    two = make_run(tmp_path / "two", noise_level=0.5, finished=False, ent_coef=0.01)
+    picture = tmp_path / "new" / "picture.png"
+    plot.main(plot.Args((one, two), picture))
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    told = {row[0]: row[1:] for row in rows}
+    assert told["ODE success"] == ["55.0%", "45.0%"]
+    assert told["with noise, last 10 iterations"] == ["30.0%", "30.0%"]
+    assert told["steps"] == ["500", "500, not finished"] and told["minutes"] == ["5.0", "5.0"]
+    assert told["noise_level"] == ["1.0", "0.5"] and told["ent_coef"] == ["-", "0.01"]
+    assert "seed" not in told and "run_dir" not in told  # the same, and of no interest
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_are_what_differs(tmp_path):
+    folders = [make_run(tmp_path / str(seed), seed=seed, ent_coef=0.1 * (seed == 3)) for seed in (1, 2, 3)]
+    folders.append(make_run(tmp_path / "again", seed=1, ent_coef=0.0))
+    runs = [plot.read_run(folder) for folder in folders]
+    names = plot.labels(folders, plot.differing_flags(runs))
+    assert names == [
+        "seed 1, ent_coef 0.0 (1)",
+        "seed 2, ent_coef 0.0",
+        "seed 3, ent_coef 0.1",
+        "seed 1, ent_coef 0.0 (again)",
+    ]
+    assert plot.labels(folders[:1], plot.differing_flags(runs[:1])) == ["1"]
+
+
+def test_no_run_is_told_in_one_line(tmp_path, one_line_error):
+    run = make_run(tmp_path / "run")
+    assert "no args.json" in one_line_error(plot.main, plot.Args((run, tmp_path / "none")))
+    (run / "metrics.csv").write_text("iteration,global_step\n")
+    assert "no finished iteration" in one_line_error(plot.main, plot.Args((run,)))
+    (run / "metrics.csv").write_text("iteration,global_step\n1,many\n")
+    assert "many" in one_line_error(plot.main, plot.Args((run,)))
+    (run / "args.json").write_text("{")
+    assert "not the folder of a run" in one_line_error(plot.main, plot.Args((run,)))
+    one_line_error(plot.main, plot.Args(()))
+    run = make_run(tmp_path / "other")
+    (tmp_path / "file").touch()
+    picture = tmp_path / "file" / "picture.png"
+    with pytest.raises(SystemExit) as stop:
+        plot.main(plot.Args((run,), picture))
+    assert stop.value.code == 2
+
+
+def test_seeds_are_averaged_at_equal_progress():
+    fast = np.array([[0, 100, 200], [0, 1, 2], [0.4, 0.6, 0.6]])
+    slow = np.array([[0, 100, 200], [0, 3, 6], [0.4, 0.4, 0.8]])
+    steps, times, rates = (x.mean(axis=0) for x in plot.at_equal_progress([fast, slow], points=3))
+    assert steps.tolist() == [0, 100, 200]
+    assert times.tolist() == [0, 2, 4] and rates.tolist() == pytest.approx([0.4, 0.5, 0.7])
+
+
+def test_comparison_table_and_picture(tmp_path, capsys):
+    flags = dict(env_id="tabletop", checkpoint="sft", num_envs=2, chunk_len=5, denoise_steps=4)
+    sampler = {"denoise_steps": 4, "chunk_len": 5}
+    interval = {"interval": [0.4, 0.5], "length": 20.0, "episodes": 500, "sampler": sampler}
+    for script in plot.SCRIPTS:
+        results = []
+        if script != "flow_noise_ppo":
+            results = [
+                {"name": "SFT", "checkpoint": "sft", "deterministic": ode, "success_rate": 0.44} | interval
+                for ode in (True, False)
+            ]
+        for seed in (1, 2):
+            run = make_run(tmp_path / f"{script}-{seed}", exp_name=script, seed=seed, **flags)
+            results += [
+                {"name": script, "checkpoint": f"{run}/checkpoint", "deterministic": ode}
+                | interval
+                | {"success_rate": 0.5 + 0.1 * seed - 0.05 * (not ode)}
+                for ode in (True, False)
+            ]
+        protocol = {"env_id": "tabletop", "max_episode_steps": 60}
+        (tmp_path / f"{script}.json").write_text(json.dumps({"results": results, "protocol": protocol}))
+    plot.main(plot.Args((tmp_path,), tmp_path / "compare.png"))
+    out = capsys.readouterr().out
+    assert "K = 4, chunks of 5." in out
+    assert "| Flow-SDE PPO | 60.0% | 70.0% | **65.0%**" in out and "cannot be told apart" in out
+    assert (tmp_path / "compare.png").exists()
+
+
+@pytest.mark.parametrize(
+    "drawing", [draw.architecture, draw.two_layer_mdp], ids=lambda drawing: drawing.__name__
+)
+def test_no_words_overlap(drawing):
+    figure = drawing().figure
+    figure.draw_without_rendering()
+    words = [text for text in figure.axes[0].texts if text.get_text() and not text.get_rotation()]
+    boxes = [text.get_window_extent() for text in words]
+    assert len(words) > 30
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, words[i].get_text()
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, words[i].get_text()
+        touched = [words[j].get_text() for j in range(i) if box.overlaps(boxes[j])]
+        assert not touched, (words[i].get_text(), touched)
