@@ -320,8 +320,8 @@ class Policy(nn.Module):
         """A robot whose numbers are as many as those that this policy was trained with."""
         mine = len(next(iter(self.stats["state"].values()))), self.env_action_dim
         if mine != (state, action):
-            numbers = "{} numbers of state and {} of action".format
-            fail(f"the checkpoint's robot has {numbers(*mine)}, the environment's {numbers(state, action)}")
+            has = f"{mine[0]} numbers of state and {mine[1]} of action"
+            fail(f"the checkpoint's robot has {has}, the environment's {state} and {action}")
 
     def set_trained(self, train, lora_rank=0, lora_alpha=0):
         """What learns: "expert", "expert+lora" (the VLM's adapters, new ones unless it has some) or "all"."""
