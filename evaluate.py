@@ -4,7 +4,8 @@ A policy is evaluated by the ODE (Eq. 6): a chunk starts from seeded noise A^0 a
 On LIBERO these are its 500 initial states, on MetaWorld 50 seeds a task (MT50, ML45: 10), of which Table 4's
 classes are reported too, on SIMPLER every layout.
 With `--stochastic` the same states are also played with the noise that RL explores with; the difference is
-the train-eval gap of the paper's Table 6. Every state is one episode; success at any step of it is success.
+the train-eval gap of the paper's Table 6, and a row says how wide that noise is (`spreads`).
+Every state is one episode; success at any step of it is success.
 K, the length of a chunk and the noise are those that a checkpoint was trained with (its args.json), else the
 defaults for the environment (paper.toml), unless a flag says otherwise; the protocol line says which.
 
@@ -70,7 +71,7 @@ class Args:
     noise_level: float | None = None
     """a, the scale of the SDE's noise"""
     sde_solver: Literal["euler", "cps", "exponential"] | None = None
-    """of the SDE's step"""
+    """Euler-Maruyama (Eq. 9), Flow-CPS, or Eq. 9's SDE integrated exactly"""
     noisy_last_step: bool | None = None
     """may the last denoise step have noise?"""
     mdp: Literal["hybrid", "two-layer"] | None = None
@@ -100,11 +101,12 @@ def sampler(args, checkpoint, policy):
     chosen = SimpleNamespace(**chosen | flags)
     if flags:
         source = ", ".join([source, *(f"--{name.replace('_', '-')}" for name in flags)])
-    smallest = 1 if chosen.sde_solver == "euler" else 2
+    smallest = 1 if chosen.sde_solver == "euler" else 2  # the others have no noise in the last step
     for wrong, message in [
         (chosen.chunk_len < 1, "--chunk-len must be at least 1"),
         (chosen.denoise_steps < smallest, f"--denoise-steps must be at least {smallest}"),
         (args.stochastic and chosen.noise_level <= 0, "--noise-level must be above 0 with --stochastic"),
+        (chosen.sde_solver == "cps" and chosen.noise_level > 1, "--noise-level must be at most 1 (cps)"),
         (
             chosen.chunk_len > policy.config.horizon,
             f"--chunk-len {chosen.chunk_len}: the horizon of {checkpoint} is {policy.config.horizon}",
@@ -134,6 +136,21 @@ def play_expert(envs):
     while info["steps"].any():
         *_, info = envs.step_chunk(envs.expert_action()[:, None])
     return info["episode_length"].reshape(len(envs.tasks), -1)
+
+
+@torch.no_grad()
+def spreads(agent, envs):
+    """Standard deviations of the executed numbers: by the ODE, over A^0; and with noise, given A^0.
+
+    In units of the demonstrations', over the first chunks of the fixed states, from pairs of chunks.
+    """
+    states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
+    obs, _ = envs.reset(options={"eval_states": np.resize(states, envs.num_envs)})
+    prefix = agent.policy.encode(agent.policy.preprocess(obs))
+    generator = torch.Generator(agent.policy.device).manual_seed(0)
+    ends = (agent.act(prefix, generator, deterministic=True)[0][:, -1] for _ in "ab")
+    a, b = (x[:, : agent.chunk_len, : agent.action_dim] for x in ends)
+    return (0.5 * (a - b) ** 2).mean().sqrt().item(), agent.exploration(prefix, generator)
 
 
 def summarize(runs, expert, tasks):
@@ -175,6 +192,8 @@ def markdown(report):
     rows.append(("95% interval", "", *("{:.1%} to {:.1%}".format(*r["interval"]) for r in results)))
     for name, key in ("length of successes", "length"), ("expert's, same states", "expert_length"):
         rows.append((name, "", *(steps(r[key]) for r in results)))
+    if p["stochastic"]:
+        rows.append(("spread (ODE: over A^0, else given it)", "", *(f"{r['spread']:.2f}" for r in results)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     table = "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
@@ -270,6 +289,7 @@ def main(args):
     results, rows = [], []
     for label, checkpoint, policy, chosen in zip(args.labels or names, args.checkpoints, policies, samplers):
         agent, played = Agent(policy, chosen[0]), {"sampler": vars(chosen[0]), "sampler_source": chosen[1]}
+        wide = spreads(agent, envs) if args.stochastic else (None, None)
         for ode in (True, False)[: 1 + args.stochastic]:
             kind = "ODE" if ode else "SDE" if chosen[0].noise == "sde" else "learned noise"
             name = f"{label}, {kind}" if args.stochastic else label
@@ -277,7 +297,8 @@ def main(args):
             record = shown[-1] + 1 if gif and ode else 0
             runs = [evaluate(agent, envs, ode, seed, 0 if i else record) for i, seed in enumerate(args.seeds)]
             summary = summarize(runs, expert, envs.tasks)
-            results.append({"name": name, "checkpoint": checkpoint, "deterministic": ode} | played | summary)
+            told = {"name": name, "checkpoint": checkpoint, "deterministic": ode, "spread": wide[not ode]}
+            results.append(told | played | summary)
             if record:
                 title = f"{label}: success in {summary['success_rate']:.1%} of {summary['episodes']} episodes"
                 film = (frame[shown].reshape(-1, 128, 2, 128, 2, 3) for frame in runs[0]["frames"])

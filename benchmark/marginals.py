@@ -68,15 +68,19 @@ def from_mixture(n=100_000, seed=0):
     return MEANS[component] + STDS[component, None] * torch.randn((n, 2), generator=generator)
 
 
-def sample(step, K, noise_level=0.0, solver="euler", hybrid=False, n=100_000, seed=1):
-    """End points (n, 2) of K steps from noise. step None: the ODE; hybrid: one drawn step per sample."""
+def sample(step, K, noise_level=0.0, solver="euler", hybrid=False, n=100_000, seed=1, last=True, x=None):
+    """End points (n, 2) of K steps from x or noise. step None: the ODE; hybrid: one drawn step per sample.
+
+    last: whether the last step may be noisy, which is Euler's alone.
+    """
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn((n, 2), generator=generator)
-    chosen = torch.randint(K - (solver == "cps"), (n, 1), generator=generator)  # cps: no noise at the end
+    x = torch.randn((n, 2), generator=generator) if x is None else x
+    noisy_steps = K if last and solver == "euler" else K - 1
+    chosen = torch.randint(noisy_steps, (n, 1), generator=generator)
     for k in range(K):
         velocity = mixture_velocity(x, k / K)
         ode = x + velocity / K
-        if step is None:
+        if step is None or k >= noisy_steps:
             x = ode
             continue
         mu, std = step(x[:, None], velocity[:, None], torch.full((n,), k / K), 1 / K, noise_level, solver)
@@ -94,16 +98,26 @@ def sliced_w1(x, y):
     return np.abs(projections(x) - projections(y)).mean()
 
 
-def gaussian_variance(K, noise_level, solver, noisy_steps, mean=0.7, std=0.3):
-    """Exact variance of x^1 for the target N(mean, std^2): a step is affine, so two points tell its slope."""
-    x, variance = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None, None], 1.0
+def gaussian_end(K, noise_level, solver, noisy_steps, mean=0.7, std=0.3):
+    """For the target N(mean, std^2), exact: x^1 = slope x^0 + offset + noise; and the noise's variance.
+
+    A step is affine, so two points tell it.
+    """
+    unit, slope, offset, variance = torch.tensor([0.0, 1.0]).double()[:, None, None], 1.0, 0.0, 0.0
     for k in range(K):
         tau, a = k / K, noise_level if k in noisy_steps else 0.0
-        slope = (tau * std**2 - (1 - tau)) / (tau**2 * std**2 + (1 - tau) ** 2)
-        velocity = mean + slope * (x - tau * mean)
-        mu, noise_std = transition(x, velocity, torch.full((2,), tau, dtype=x.dtype), 1 / K, a, solver)
-        variance = ((mu[1] - mu[0]) ** 2 * variance + noise_std[0] ** 2).item()
-    return variance
+        steepness = (tau * std**2 - (1 - tau)) / (tau**2 * std**2 + (1 - tau) ** 2)
+        velocity = mean + steepness * (unit - tau * mean)
+        mu, noise_std = transition(unit, velocity, torch.full((2,), tau).double(), 1 / K, a, solver)
+        low, high = mu.flatten().tolist()
+        slope, offset = (high - low) * slope, low + (high - low) * offset
+        variance = (high - low) ** 2 * variance + noise_std[0].item() ** 2
+    return slope, offset, variance
+
+
+def gaussian_variance(K, noise_level, solver, noisy_steps):
+    slope, _, variance = gaussian_end(K, noise_level, solver, noisy_steps)
+    return slope**2 + variance
 
 
 def table(title, columns, rows):

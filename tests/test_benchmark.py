@@ -1,7 +1,8 @@
-"""The benchmark scripts: the exact gradients of docs/math.md, and the report on runs."""
+"""The benchmark scripts: the closed forms of docs/math.md, and the report on runs."""
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -13,8 +14,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
 import draw  # noqa: E402
+import gradient  # noqa: E402
+import marginals  # noqa: E402
 import plot  # noqa: E402
-from marginals import toy_gradient, toy_return, toy_reward, toy_scores, toy_step  # noqa: E402
+import solvers  # noqa: E402
+from marginals import gaussian_end, toy_gradient, toy_return, toy_reward, toy_scores, toy_step  # noqa: E402
+
+import flow_sde_ppo  # noqa: E402
+from envs import make_envs  # noqa: E402
+from flow_sde_ppo import transition  # noqa: E402
+from pi_models import load_policy  # noqa: E402
 
 torch.set_num_threads(1)
 WEIGHTS = torch.tensor([[0.1, -0.2], [0.0, 0.3], [-0.3, 0.1], [0.2, 0.2]]).double()  # (K, 2)
@@ -193,3 +202,100 @@ def test_no_words_overlap(drawing):
         assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, words[i].get_text()
         touched = [words[j].get_text() for j in range(i) if box.overlaps(boxes[j])]
         assert not touched, (words[i].get_text(), touched)
+
+
+# --- solvers.py ---
+
+
+def test_exploration_of_two_steps():
+    """K = 2: one noisy step but Euler's last. Of the variance that it leaves, sin^2 is new; q = 1 / 4."""
+    S = abs(gaussian_end(2, 0.0, "euler", ())[0])
+    for a in (0.3, 0.7, 1.0):
+        for hybrid in (True, False):
+            for solver, kept in (("cps", math.cos(a * math.pi / 2)), ("exponential", 0.25 ** (a**2 / 2))):
+                e, std = solvers.exact(2, a, solver, hybrid, True)
+                assert (e, std) == pytest.approx((S * math.sqrt(1 - kept**2), S), rel=1e-5)
+    # Eq. 9 at tau = 0: mean (1 / 2 - a^2 / 2) x^0 + ..., std a; the ODE's second step multiplies both
+    e, std = solvers.exact(2, 0.7, "euler", False, False)
+    assert (e, std) == pytest.approx((2 * S * 0.7, 2 * S * math.hypot(0.5 - 0.245, 0.7)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "solver, last", [("euler", True), ("euler", False), ("cps", True), ("exponential", True)]
+)
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_exact_and_sampled_exploration_agree(solver, last, hybrid, monkeypatch):
+    """On a mixture of one component, N(0.7, 0.3^2) in both dimensions."""
+    monkeypatch.setattr(marginals, "WEIGHTS", torch.ones(1))
+    monkeypatch.setattr(marginals, "MEANS", torch.full((1, 2), 0.7))
+    monkeypatch.setattr(marginals, "STDS", torch.tensor([0.3]))
+    e, std = solvers.exact(4, 0.7, solver, hybrid, last)
+    assert solvers.sampled(4, 0.7, solver, hybrid, last, n=20_000) == pytest.approx(e, rel=0.02)
+    x = marginals.sample(transition, 4, 0.7, solver, hybrid, n=20_000, last=last)
+    assert x.std(dim=0).tolist() == pytest.approx([std, std], rel=0.03)
+
+
+def test_nobody_explores_beyond_the_spread_and_keeps_the_distribution():
+    """W2 >= e - S, and a sampler that ends no wider than the ODE has e <= S."""
+    for K in (2, 4, 8, 40):
+        S = abs(gaussian_end(K, 0.0, "euler", ())[0])
+        for solver, hybrid, last in solvers.SAMPLERS.values():
+            for a in (0.2, 0.5, 0.8, 1.0):
+                e, std = solvers.exact(K, a, solver, hybrid, last)
+                assert e <= std + 1e-12 and abs(std - S) >= e - S - 1e-12
+                assert solver == "euler" or e <= S * (1 + 1e-5)
+
+
+def test_level_is_found_or_there_is_none():
+    for solver in ("euler", "exponential"):
+        a = solvers.level_for(lambda a: solvers.exact(8, a, solver, False, True)[0], 0.1, solver)
+        assert solvers.exact(8, a, solver, False, True)[0] == pytest.approx(0.1, rel=2e-3)
+    assert solvers.level_for(lambda a: a / 2, 0.6, "cps") is None  # its greatest level is 1
+    assert solvers.level_for(lambda a: a / 2, 0.6, "euler") == pytest.approx(1.2, abs=1e-3)
+
+
+# --- gradient.py ---
+
+
+def test_parts_of_the_gradient_are_the_policy_loss_s():
+    """Summed over steps they are autograd's of Eq. 14 at ratio 1; without an action, of the others' sum."""
+    torch.manual_seed(0)
+    policy = load_policy("checkpoints/tabletop-sft")
+    flags = flow_sde_ppo.Args()
+    policy.set_trained("expert", 1, 1)
+    agent = flow_sde_ppo.Agent(policy, flags)
+    obs, _ = make_envs("tabletop", 16, 0).reset()
+    prefix, inputs = agent.encode(obs)
+    batch = gradient.empty_batch(agent, inputs, 1, 16)
+    for name, field in inputs.items():
+        batch.inputs[name][0] = field
+    batch.chain[0], batch.denoise_idx[0], batch.logprob[0] = agent.act(prefix, torch.Generator())
+    batch.advantages = torch.randn(1, 16, 1)
+    steps = torch.full((1, 16), 5)
+    steps[0, :4] = 2
+    found = gradient.gradients(agent, batch, steps).sum(dim=0)
+
+    def whole(changed_chunk_len, rows):
+        agent.chunk_len = changed_chunk_len
+        logprob, _, _ = agent.evaluate_actions(prefix, batch.chain[0], batch.denoise_idx[0])
+        advantages = batch.advantages[0]
+        advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
+        ratio = (logprob - logprob.detach()).exp()
+        loss = -(ratio * advantages)[rows].sum() / 16
+        parts = torch.autograd.grad(-loss, policy.actor_parameters(), materialize_grads=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    assert torch.allclose(found[0], whole(5, slice(16)), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(found[1], whole(5, slice(4, 16)) + whole(2, slice(4)), rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(found[0], found[1], rtol=1e-2)
+
+
+def test_signal_is_without_bias():
+    """Batches of mean m and variance P: the mean of many estimates is |m|^2, also where that is small."""
+    rng = torch.Generator().manual_seed(0)
+    estimates = [
+        gradient.signal_and_variance(0.1 + torch.randn(10, 50, generator=rng).double()) for _ in range(400)
+    ]
+    signals, errors, variances = np.array(estimates).T
+    assert signals.mean() == pytest.approx(0.5, abs=0.15) and variances.mean() == pytest.approx(50, rel=0.02)
+    assert signals.std() < errors.mean() < 1.5 * signals.std()  # on the safe side

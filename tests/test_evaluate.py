@@ -148,6 +148,7 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
         assert result["length"] == pytest.approx(steps)
         assert table["length of successes"][column] == f"{steps:.1f}"
         assert table["**mean**"][column] == f"**{wins / 120:.1%} ({wins}/120)**"
+        assert table["spread (ODE: over A^0, else given it)"][column] == f"{result['spread']:.2f}"
         assert table["95% interval"][column] == "{:.1%} to {:.1%}".format(*wilson(wins, 120))
         for i, task in enumerate(tabletop.TASKS):
             wins = sum(int(success) for run in runs.values() for success in run["success"][i::10])
@@ -264,6 +265,24 @@ def test_noise_belongs_to_a_state(monkeypatch):
     assert all_at_once == rounds != other and 0 < sum(rounds[0]) < 30
 
 
+@pytest.mark.parametrize(
+    "changed, kept, variance",
+    [
+        ({}, [1 / 2, 1 / 2, 3 / 4, 5 / 6], [1, 3 / 4, 1 / 4, 1 / 12]),  # (1 - k / K) / k, the first 1
+        ({"noisy_last_step": False}, [1 / 2, 1 / 2, 3 / 4], [1, 3 / 4, 1 / 4]),
+        ({"sde_solver": "cps"}, [1 / 4, 2 / 4, 3 / 4], [9 / 16, 4 / 16, 1 / 16]),  # tau', (1 - tau')^2
+    ],
+)
+def test_spread_of_a_flow_that_stands_still(changed, kept, variance, few_states, checkpoint, monkeypatch):
+    """With velocity 0 the ODE ends at A^0, and the noisy step k at kept[k] of it, with its whole noise."""
+    envs = make_envs("tabletop", 60, 0, partial_reset=False)
+    policy = load_policy(checkpoint)
+    monkeypatch.setattr(policy, "velocity", lambda prefix, x, tau: (torch.zeros_like(x), None))
+    ode, noisy = script.spreads(script.Agent(policy, flow_sde_ppo.Args(**changed)), envs)
+    assert ode == pytest.approx(1, rel=0.08)
+    assert noisy == pytest.approx(math.sqrt(np.mean(variance) + np.var(kept)), rel=0.1)
+
+
 def test_the_ode_needs_no_noise_head(few_states, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(tabletop.Tabletop, "max_episode_steps", 5)
     tables = []
@@ -286,6 +305,8 @@ def test_the_ode_needs_no_noise_head(few_states, checkpoint, monkeypatch, capsys
         ({"num_threads": 0}, "--num-threads"),
         ({"denoise_steps": 0}, "--denoise-steps must be at least 1"),
         ({"denoise_steps": 1, "sde_solver": "cps"}, "--denoise-steps must be at least 2"),
+        ({"denoise_steps": 1, "sde_solver": "exponential"}, "--denoise-steps must be at least 2"),
+        ({"noise_level": 1.5, "sde_solver": "cps"}, "--noise-level must be at most 1"),
         ({"stochastic": True, "noise_level": 0.0}, "--noise-level"),
         ({"stochastic": True, "noise": "learned"}, "no noise head"),
         ({"capture_video": "demo.mp4"}, ".gif"),
