@@ -37,6 +37,8 @@ import torch.nn.functional as F
 from flags import fail
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+STATISTICS = {"pi0": ("mean", "std"), "pi05": ("q01", "q99"), "gr00t": ("min", "max")}  # that normalise
+TOKENIZERS = {"paligemma": "google/paligemma-3b-pt-224", "qwen3": "Qwen/Qwen3-1.7B"}
 
 
 @dataclass
@@ -258,7 +260,11 @@ class Policy(nn.Module):
             self.action_time_mlp_in = nn.Linear(2 * c.expert_width, c.expert_width)
             self.action_time_mlp_out = nn.Linear(c.expert_width, c.expert_width)
         self.action_out_proj = nn.Linear(c.expert_width, c.action_dim)
-        self.value_head = self.noise_head = None
+        self._add_heads()
+
+    def _add_heads(self):
+        """Heads and adapters of the config, what learns: the end of the constructor in every family."""
+        c, self.value_head, self.noise_head = self.config, None, None
         if c.critic:
             self.need_value_head(c.critic, c.critic_layers)
         if c.noise_std_min:
@@ -276,7 +282,7 @@ class Policy(nn.Module):
 
     @property
     def env_action_dim(self):
-        return len(self.stats["actions"]["q01" if self.pi05 else "mean"])
+        return len(next(iter(self.stats["actions"].values())))
 
     def actor_parameters(self):
         critic = {id(p) for p in self.value_head.parameters()} if self.value_head else set()
@@ -294,38 +300,36 @@ class Policy(nn.Module):
         """A new one, unless one with these bounds is there. Trained with the expert, not used by the ODE."""
         if self.noise_head and (self.noise_head.low, self.noise_head.high) == (low, high):
             return
-        self.config = dataclasses.replace(self.config, noise_std_min=low, noise_std_max=high)
-        head = NoiseHead(self.config.expert_width, self.config.action_dim, low, high)
-        self.noise_head = head.to(self.device)
+        c = self.config = dataclasses.replace(self.config, noise_std_min=low, noise_std_max=high)
+        self.noise_head = NoiseHead(c.expert_width, c.action_dim, low, high).to(self.device)
 
     def fit_robot(self, state, action, stats=None):
         """Another robot, with these sizes. What reads a larger state or writes larger actions begins anew."""
         sizes, c = {"state": state, "actions": action}, self.config
-        self.stats = stats or {key: {"mean": [0.0] * n, "std": [1.0] * n} for key, n in sizes.items()}
+        unit = {"mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0, "min": -1.0, "max": 1.0}
+        self.stats = stats or {key: {s: [x] * n for s, x in unit.items()} for key, n in sizes.items()}
         if state > c.state_dim or action > c.action_dim:
             sizes = {"state_dim": max(state, c.state_dim), "action_dim": max(action, c.action_dim)}
             self.config = dataclasses.replace(c, **sizes)
-            fresh = Policy(self.config).to(self.device)
-            for name in ("state_proj", "action_in_proj", "action_out_proj"):
-                mine = getattr(self, name, None)
-                if mine is not None and mine.weight.shape != getattr(fresh, name).weight.shape:
-                    setattr(self, name, getattr(fresh, name))
+            fresh = dict(type(self)(self.config).to(self.device).named_modules())
+            for name, module in list(self.named_modules()):
+                if isinstance(module, nn.Linear) and module.weight.shape != fresh[name].weight.shape:
+                    self.set_submodule(name, fresh[name])
 
     def check_robot(self, state, action):
         """A robot whose numbers are as many as those that this policy was trained with."""
-        mine = len(self.stats["state"]["q01" if self.pi05 else "mean"]), self.env_action_dim
+        mine = len(next(iter(self.stats["state"].values()))), self.env_action_dim
         if mine != (state, action):
-            what = (
-                "the checkpoint's robot has {} numbers of state and {} of action, the environment's {} and {}"
-            )
-            fail(what.format(*mine, state, action))
+            has = f"{mine[0]} numbers of state and {mine[1]} of action"
+            fail(f"the checkpoint's robot has {has}, the environment's {state} and {action}")
 
     def set_trained(self, train, lora_rank=0, lora_alpha=0):
         """What learns: "expert", "expert+lora" (the VLM's adapters, new ones unless it has some) or "all"."""
         had, wanted = (self.config.lora_rank, self.config.lora_alpha), (lora_rank, lora_alpha)
-        if train == "expert+lora" and self.lora and had != wanted:
+        adapters = any(isinstance(m, LoRALinear) for part in self.vlm_modules for m in part.modules())
+        if train == "expert+lora" and adapters and had != wanted:
             fail(f"the checkpoint has adapters of rank {had[0]} and alpha {had[1]}; pass these")
-        if train == "expert+lora" and not self.lora:
+        if train == "expert+lora" and not adapters:
             self.config = dataclasses.replace(self.config, lora_rank=lora_rank, lora_alpha=lora_alpha)
             for module in [m for part in self.vlm_modules for m in part.modules()]:
                 for name, child in list(module.named_children()):
@@ -337,21 +341,17 @@ class Policy(nn.Module):
             if parameter.requires_grad and parameter.dtype == torch.bfloat16:
                 parameter.data, self.half = parameter.data.float(), True  # small steps are lost in bf16
 
-    @property
-    def lora(self):
-        return any(isinstance(m, LoRALinear) for part in self.vlm_modules for m in part.modules())
-
     # -- observation -> tensors
 
     def fit_prompts(self, prompts):
         """Pad to the longest of these, not to `max_token_len`. Exact, since padding is masked."""
-        longest = np.ones(len(self.stats["state"]["q01" if self.pi05 else "mean"]))  # bins of three digits
+        longest = np.ones(len(next(iter(self.stats["state"].values()))))  # bins of three digits
         lengths = [len(self.tokenize(prompt, longest)) for prompt in prompts]
         self.token_len = min(self.config.max_token_len, max(lengths))
 
     def tokenizer(self):
         if self.tokenizer_json is None:
-            fail("no tokenizer.json: copy that of google/paligemma-3b-pt-224 into the checkpoint's folder")
+            fail(f"no tokenizer.json: copy {TOKENIZERS[self.config.tokenizer]}'s to the checkpoint's folder")
         if self._tokenizer is None:
             from tokenizers import Tokenizer
 
@@ -378,9 +378,8 @@ class Policy(nn.Module):
         images = torch.from_numpy(np.ascontiguousarray(obs["images"])).to(self.device)  # maybe of no camera
         images = images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (B, cams, 3, H, W)
         size, longest = self.config.image_size, max(images.shape[-2:])
-        if images.shape[1] == 0:
-            images = images.new_zeros(len(images), 0, 3, size, size)
-        if images.shape[-2:] != (size, size):  # keep the aspect ratio and pad with black, as in openpi
+        if images.shape[1] and images.shape[-2:] != (size, size):
+            # keep the aspect ratio and pad with black, as in openpi
             h, w = (max(1, n * size // longest) for n in images.shape[-2:])
             flat = F.interpolate(images.flatten(0, 1), (h, w), mode="bilinear", antialias=True).clamp(-1, 1)
             top, left = (size - h) // 2, (size - w) // 2
@@ -391,15 +390,15 @@ class Policy(nn.Module):
             images = images.masked_fill(~there[..., None, None, None], -1)[:, there.any(0)]
             there = there[:, there.any(0)]
         state = torch.as_tensor(obs["state"], dtype=torch.float32, device=self.device)
-        state = F.pad(self._normalize(state, "state"), (0, self.config.state_dim - state.shape[1]))
-        states = self._normalize(torch.as_tensor(obs["state"]), "state").tolist()
-        tokens = torch.stack([self._padded_tokens(*x) for x in zip(obs["prompt"], states)]).to(self.device)
+        state = self._normalize(state, "state")
+        tokens = [self._padded_tokens(*x) for x in zip(obs["prompt"], state.tolist())]
+        tokens = torch.stack(tokens).to(self.device)
         return {
             "images": images,
             "image_mask": there,
             "tokens": tokens.clamp(min=0),
             "token_mask": tokens >= 0,
-            "state": state,
+            "state": F.pad(state, (0, self.config.state_dim - state.shape[1])),
         }
 
     def _padded_tokens(self, prompt, state):
@@ -412,12 +411,14 @@ class Policy(nn.Module):
             self._tokens[key] = tokens
         return self._tokens[key]
 
+    def _scale(self, key):
+        """What is 0 to the network and how far it is to 1; in pi0.5, what is -1 and how far it is to 1."""
+        first, second = (np.asarray(self.stats[key][s], np.float32) for s in STATISTICS[self.config.variant])
+        return first, (second - first if self.pi05 else second) + np.float32(1e-6)
+
     def _normalize(self, x, key):
-        if self.pi05:  # 1 % and 99 % quantiles are -1 and 1
-            low, high = (x.new_tensor(self.stats[key][s]) for s in ("q01", "q99"))
-            return (x - low) / (high - low + 1e-6) * 2 - 1
-        mean, std = (x.new_tensor(self.stats[key][s]) for s in ("mean", "std"))
-        return (x - mean) / (std + 1e-6)
+        first, length = map(x.new_tensor, self._scale(key))
+        return (x - first) / length * 2 - 1 if self.pi05 else (x - first) / length
 
     def normalize_actions(self, actions: np.ndarray) -> torch.Tensor:
         """Simulator actions (B, H, D) -> the expert's padded space (B, H, action_dim), the target of SFT."""
@@ -430,12 +431,8 @@ class Policy(nn.Module):
     def postprocess(self, x: torch.Tensor, obs: dict) -> np.ndarray:
         """Model actions (B, H, action_dim) -> simulator actions (B, H, env_action_dim), NumPy."""
         actions = x[..., : self.env_action_dim].detach().cpu().numpy()
-        if self.pi05:
-            low, high = (np.asarray(self.stats["actions"][s], np.float32) for s in ("q01", "q99"))
-            actions = (actions + 1) / 2 * (high - low + 1e-6) + low
-        else:
-            mean, std = (np.asarray(self.stats["actions"][s], np.float32) for s in ("mean", "std"))
-            actions = actions * (std + 1e-6) + mean
+        first, length = self._scale("actions")
+        actions = ((actions + 1) / 2 if self.pi05 else actions) * length + first
         n = self.config.delta_actions
         if n:
             actions[..., :n] += np.asarray(obs["state"], np.float32)[:, None, :n]
@@ -495,6 +492,21 @@ class Policy(nn.Module):
         features = features.float().view(N, T, -1)[:, T - H :]
         return -self.action_out_proj(features), features  # and the checkpoints' sign
 
+    def take(self, tensors, told):
+        """Of a checkpoint's tensors, under our names, those that are this policy's."""
+        return tensors
+
+    def files(self):
+        """What save_policy writes, by name."""
+        from safetensors.torch import save
+
+        tensors = {their_key(key): value.cpu().contiguous() for key, value in self.state_dict().items()}
+        return {
+            "config.json": json.dumps(dataclasses.asdict(self.config), indent=1).encode(),
+            "norm_stats.json": json.dumps({"norm_stats": self.stats}, indent=1).encode(),
+            "model.safetensors": save(tensors, metadata={"format": "pt"}),
+        }
+
 
 # ------------------------------------------------------------------------------------------------------ files
 
@@ -521,10 +533,11 @@ RENAMED = [
     (r"^noise_head\.mlp_logvar\.moduleList\.(\d)\.linear_1\.", lambda m: f"noise_head.mlp.{2 * int(m[1])}."),
 ]
 UNUSED = r"^expert\.(lm_head|embed_tokens)\.|^(un)?normalize_|logvar_(min|max)$"  # by the networks
+NEITHER, STATS = "neither a pi0 nor a pi0.5", "norm_stats.json"
 WEIGHTS = "full_weights.pt", "model_state_dict/full_weights.pt", "actor/model_state_dict/full_weights.pt"
 
 
-def openpi_key(key):
+def their_key(key):
     prefix = next((p for p in OPENPI if key.startswith(p)), "")
     return OPENPI.get(prefix, "") + key[len(prefix) :]
 
@@ -599,6 +612,19 @@ def read_config(tensors, told):
         expert_mlp=size("expert.layers.0.mlp.gate_proj.weight"), action_dim=size("action_in_proj.weight", 1),
         state_dim=size("state_proj.weight" if variant == "pi0" else "action_in_proj.weight", 1),
     )  # fmt: skip  # sizes in rows
+    usual = PiConfig() if variant == "pi0" else PiConfig(horizon=10, max_token_len=200)
+    rest = {
+        "horizon": told.get("chunk_size", told.get("action_horizon", usual.horizon)),
+        "max_token_len": told.get("tokenizer_max_length", usual.max_token_len),
+        "state_in_prompt": told.get("type") == "pi05",  # lerobot's pi0.5
+    }
+    if "vision_heads" not in told and sizes["vision_width"] != usual.vision_width:
+        raise ValueError("has no config.json with vision_heads, which cannot be seen in the weights")
+    return make_config(PiConfig, tensors, sizes, rest, told if "vision_heads" in told else {})
+
+
+def make_config(kind, tensors, sizes, rest, written):
+    """With the sizes of heads and adapters; the rest as save_policy has `written` it, or else as guessed."""
     head = [tuple(tensors[key].shape) for key in tensors if re.match(r"value_head\.mlp\.\d+\.weight$", key)]
     if head:
         inputs = {sizes["expert_width"]: "expert", sizes["width"] + sizes["state_dim"]: "vlm"}
@@ -611,26 +637,15 @@ def read_config(tensors, told):
     for key in tensors:  # RLinf stores logarithms of variances
         if re.search(r"logvar_(min|max)$", key):
             sizes[f"noise_std_{key[-3:]}"] = math.exp(0.5 * tensors[key].item())
-    usual = PiConfig() if variant == "pi0" else PiConfig(horizon=10, max_token_len=200)
-    rest = {
-        "horizon": told.get("chunk_size", told.get("action_horizon", usual.horizon)),
-        "max_token_len": told.get("tokenizer_max_length", usual.max_token_len),
-        "state_in_prompt": told.get("type") == "pi05",  # lerobot's pi0.5
-    }
-    ours = {field.name: field.type for field in dataclasses.fields(PiConfig)}
-    if "vision_heads" not in told and sizes["vision_width"] != usual.vision_width:
-        raise ValueError("has no config.json with vision_heads, which cannot be seen in the weights")
-    if "vision_heads" in told:  # written by save_policy
-        strangers = [key for key in told if key not in ours]
-        rest = {key: told[key] for key in told if key in ours}
-        strangers += [f"{key} {value!r}" for key, value in rest.items() if type(value) is not ours[key]]
-        if strangers:
-            raise ValueError(f"has a config.json that cannot be read: {', '.join(strangers)}")
-        wrong = [key for key in sizes if rest.get(key, sizes[key]) != sizes[key]]
-        wrong = ", ".join(f"{key} is {sizes[key]} and not {rest[key]}" for key in wrong)
-        if wrong:
-            raise ValueError(f"is of another architecture than its config.json: {wrong}")
-    return PiConfig(**rest | sizes)
+    ours = {field.name: field.type for field in dataclasses.fields(kind)}
+    strangers = [f"{key} {value!r}" for key, value in written.items() if type(value) is not ours.get(key)]
+    if strangers:
+        raise ValueError(f"has a config.json that cannot be read: {', '.join(strangers)}")
+    wrong = [key for key, size in sizes.items() if written.get(key, size) != size]
+    if wrong:
+        wrong = ", ".join(f"{key} is {sizes[key]} and not {written[key]}" for key in wrong)
+        raise ValueError(f"is of another architecture than its config.json: {wrong}")
+    return kind(**rest | written | sizes)
 
 
 @contextlib.contextmanager
@@ -660,32 +675,34 @@ def download(name):
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.pt"]))
     except Exception as error:  # whatever went wrong on the way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = f"where there is a network, do `hf download {name} --local-dir FOLDER`"
-        fail(
-            f"checkpoint '{name}' cannot be downloaded ({reason}); {advice}, bring it here and pass its path"
-        )
+        advice = f"where there is a network, do `hf download {name} --local-dir FOLDER`, bring it here"
+        fail(f"checkpoint '{name}' cannot be downloaded ({reason}); {advice} and pass its path")
 
 
 def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
-    """A folder of `save_policy`, openpi, lerobot, transformers or RLinf; a hub id; "tiny": the laptop's."""
-    folder = CHECKPOINTS / "tiny" if path_or_name == "tiny" else Path(path_or_name)
+    """A folder of `save_policy`, openpi, lerobot, transformers or RLinf; a hub id; "tiny" or "tiny-gr00t"."""
+    folder = CHECKPOINTS / path_or_name if path_or_name in ("tiny", "tiny-gr00t") else Path(path_or_name)
     folder = folder if folder.is_dir() else download(str(path_or_name))
+    import gr00t_models  # which begins with what is above
+
+    family = sys.modules[__name__]  # the module that knows the networks and names of the files
     try:
-        theirs = read_tensors(folder)
-        tensors = {our_key(key): tensor for key, tensor in theirs.items()}
-        file = folder / "config.json"
-        config = read_config(tensors, dict(json.loads(file.read_text())) if file.is_file() else {})
-        stats = read_stats(folder, theirs)
-        needed = ("q01", "q99") if config.variant == "pi05" else ("mean", "std")
-        wanted = [(key, s) for key in ("state", "actions") for s in needed]
+        theirs, file = read_tensors(folder), folder / "config.json"
+        told = dict(json.loads(file.read_text())) if file.is_file() else {}
+        family = gr00t_models if any(gr00t_models.MINE in key for key in theirs) else family
+        tensors = {family.our_key(key): tensor for key, tensor in theirs.items()}
+        config = family.read_config(tensors, told)
+        stats = family.read_stats(folder, theirs)
+        wanted = [(key, s) for key in ("state", "actions") for s in STATISTICS[config.variant]]
         absent = [f"{s} of {key}" for key, s in wanted if s not in stats.get(key, {})]
         if absent:
-            raise ValueError(f"has no {', '.join(absent)}: copy the norm_stats.json of its data there")
+            raise ValueError(f"has no {', '.join(absent)}: copy the {family.STATS} of its data there")
         large = sum(tensor.numel() for tensor in tensors.values()) > 1e8
         with parameters_on_meta() if large else contextlib.nullcontext():  # small ones draw initial values,
-            policy = Policy(config, stats)  # as they did when the shipped policy and the table were made
+            policy = family.Policy(config, stats)  # as they did when the shipped policy was made
+        tensors = policy.take(tensors, told)
     except KeyError as error:
-        fail(f"checkpoint '{path_or_name}' is neither a pi0 nor a pi0.5: missing {openpi_key(error.args[0])}")
+        fail(f"checkpoint '{path_or_name}' is {family.NEITHER}: missing {family.their_key(error.args[0])}")
     except PickleError:  # torch's own message says how to run what is in there
         fail(f"checkpoint '{path_or_name}' has a .pt file that holds more than tensors and could run code")
     except Exception as error:  # whatever there is in these files
@@ -693,15 +710,12 @@ def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
         what = what if what.startswith(("has ", "is ")) else f"cannot be read: {what}"
         fail(f"checkpoint '{path_or_name}' {what}")
     ours = policy.state_dict()
-    problems = [f"missing {openpi_key(key)}" for key in ours if key not in tensors]
-    unused = UNUSED if config.critic else UNUSED + r"|^value_head\."
-    strangers = {key: our_key(key) for key in theirs if our_key(key) not in ours}
+    problems = [f"missing {family.their_key(key)}" for key in ours if key not in tensors]
+    unused = family.UNUSED if config.critic else family.UNUSED + r"|^value_head\."
+    strangers = {key: family.our_key(key) for key in theirs if family.our_key(key) not in ours}
     problems += [f"unexpected {key}" for key, mine in strangers.items() if not re.search(unused, mine)]
-    problems += [
-        f"{openpi_key(key)} is {tuple(tensors[key].shape)} instead of {tuple(ours[key].shape)}"
-        for key in ours
-        if key in tensors and tensors[key].shape != ours[key].shape
-    ]
+    shapes = [(k, tuple(tensors[k].shape), tuple(x.shape)) for k, x in ours.items() if k in tensors]
+    problems += [f"{family.their_key(k)} is {has} instead of {own}" for k, has, own in shapes if has != own]
     if problems:
         listed = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         fail(f"checkpoint '{path_or_name}' is of another architecture: {listed}")
@@ -723,26 +737,14 @@ def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
 
 
 def save_policy(policy: Policy, folder: str | os.PathLike, card="", args: dict | None = None):
-    """Weights (openpi's keys), sizes, statistics, tokenizer, a model card, flags of the run that made it.
-
-    Files are replaced atomically.
-    """
-    from safetensors.torch import save
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {openpi_key(key): value.cpu().contiguous() for key, value in policy.state_dict().items()}
-    files = {
-        "README.md": card.encode(),
-        "config.json": json.dumps(dataclasses.asdict(policy.config), indent=1).encode(),
-        "norm_stats.json": json.dumps({"norm_stats": policy.stats}, indent=1).encode(),
-        "model.safetensors": save(tensors, metadata={"format": "pt"}),
-    }
+    """Weights, sizes, statistics, tokenizer, card, flags of the run. Files are replaced atomically."""
+    folder, files = Path(folder), {"README.md": card.encode(), **policy.files()}
     if args:
         files["args.json"] = json.dumps(args, indent=1).encode()
     if policy.tokenizer_json:
         files["tokenizer.json"] = policy.tokenizer_json.encode()
     for name, content in files.items():
-        temporary = folder / f".{name}.tmp"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{name}.tmp"
         temporary.write_bytes(content)
         os.replace(temporary, folder / name)

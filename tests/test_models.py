@@ -59,7 +59,7 @@ def reference(variant):
         ),
         STATS,
     ).eval()
-    keys = {key: pi_models.openpi_key(key) for key in policy.state_dict()}
+    keys = {key: pi_models.their_key(key) for key in policy.state_dict()}
     policy.load_state_dict({key: weights[theirs] for key, theirs in keys.items()})
     policy.requires_grad_(True)
     inputs = {

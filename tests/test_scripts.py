@@ -372,7 +372,14 @@ def test_budgets():
     lines = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in ROOT.glob("[!.]*/*.py")}
     lines = {name: n for name, n in lines.items() if name.startswith("simulators")}
     lines |= {p.name: len(p.read_text().splitlines()) for p in [*ROOT.glob("*.py"), ROOT / "README.md"]}
-    budgets = {"pi_models.py": 750, "envs.py": 350, "flow_sft.py": 350, "evaluate.py": 350, "flags.py": 150}
+    budgets = {
+        "pi_models.py": 750,
+        "gr00t_models.py": 500,
+        "envs.py": 350,
+        "flow_sft.py": 350,
+        "evaluate.py": 350,
+        "flags.py": 150,
+    }
     budgets |= {Path(script.__file__).name: 540 for script in THREE} | {"README.md": 260}
     budgets |= {name: 350 for name in lines if name.startswith("simulators")}
     assert lines.keys() == budgets.keys()
