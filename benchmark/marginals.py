@@ -178,7 +178,7 @@ def erratum_1(a=0.5, steps=(4, 10, 100)):
 def discretisation(steps=(4, 10, 100, 1000)):
     print("\n## Discretisation")
     rows = {}
-    for solver in ("euler", "cps"):
+    for solver in ("euler", "cps", "exponential"):
         for K in (1, 2, 4):
             tau, x = torch.arange(K) / K, torch.zeros((K, 1, 1))
             stds = transition(x, x, tau, 1 / K, 0.5, solver)[1].flatten().tolist()
@@ -186,7 +186,7 @@ def discretisation(steps=(4, 10, 100, 1000)):
     table("standard deviation of a step, a = 0.5", [f"k = {k}" for k in range(4)], rows)
     rows = {"ODE": [gaussian_variance(K, 0.0, "euler", ()) / 0.3**2 for K in steps]}
     for a in (0.5, 1.0):
-        for solver in ("euler", "cps"):
+        for solver in ("euler", "cps", "exponential"):
             rows[f"{solver}, a = {a}"] = [gaussian_variance(K, a, solver, range(K)) / 0.3**2 for K in steps]
             for name, k in (("first", lambda K: 0), ("middle", lambda K: K // 2)):
                 variances = [gaussian_variance(K, a, solver, (k(K),)) / 0.3**2 for K in steps]

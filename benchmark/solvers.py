@@ -3,9 +3,9 @@
 Exploration e is the standard deviation of the end x^1 given the noise x^0 that it started from; the spread S
 is that of the ODE's end over x^0. Both are of a number of the chunk. A level a means another thing in every
 solver, so each has its own, for the same e. Exact for a 1-D Gaussian target, whose steps are affine; sampled
-for the 2-D mixture of marginals.py.
+for the 2-D mixture of marginals.py; measured on the shipped SFT policy of the tabletop.
 
-    python benchmark/solvers.py    # two minutes on one core; Markdown
+    python benchmark/solvers.py    # two to three minutes on one core; Markdown
 """
 
 import sys
@@ -18,7 +18,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from marginals import gaussian_end, sample, sliced_w1, table
 
+import flow_noise_ppo
+import flow_sde_ppo
+from envs import make_envs
+from evaluate import spreads
 from flow_sde_ppo import transition
+from pi_models import load_policy
 
 STEPS = (2, 4, 8, 40)
 SAMPLERS = {  # solver, one drawn step or all, may the last be noisy
@@ -64,7 +69,8 @@ def level_for(explores, target, solver):
 
 def equal_exploration(share):
     """Per sampler and K: the level a, and how far the end is from the ODE's."""
-    ends, distances = {}, {"floor: the ODE, sampled again": []}
+    ends = {name: [] for name in SAMPLERS}
+    distances = {name: [] for name in [*SAMPLERS, "floor: the ODE, sampled again"]}
     for K in STEPS:
         S = abs(gaussian_end(K, 0.0, "euler", ())[0])
         ode = sample(None, K, seed=0)
@@ -72,11 +78,11 @@ def equal_exploration(share):
         for name, sampler in SAMPLERS.items():
             a = level_for(lambda a: exact(K, a, *sampler)[0], share * S, sampler[0])
             cell = "-" if a is None else f"{exact(K, a, *sampler)[1] / S:.3f} ({a:.2f})"
-            ends.setdefault(name, []).append(cell)
+            ends[name].append(cell)
             a = level_for(lambda a: sampled(K, a, *sampler), share * own, sampler[0])
             solver, hybrid, last = sampler
             x = None if a is None else sample(transition, K, a, solver, hybrid, last=last)
-            distances.setdefault(name, []).append("-" if a is None else f"{sliced_w1(x, ode):.3f} ({a:.2f})")
+            distances[name].append("-" if a is None else f"{sliced_w1(x, ode):.3f} ({a:.2f})")
         distances["floor: the ODE, sampled again"].append(sliced_w1(sample(None, K), ode))
     columns = [f"K = {K}" for K in STEPS]
     table(f"e = {share} S: std of the end / the ODE's (a), 1-D Gaussian, exact", columns, ends)
@@ -95,7 +101,7 @@ def limit(K=4):
 
 def convergence(a=0.5):
     """At a fixed level the exponential step converges, and Flow-CPS does not."""
-    rows = {name: [] for name in SAMPLERS} | {"floor: the ODE, sampled again": []}
+    rows = {name: [] for name in [*SAMPLERS, "floor: the ODE, sampled again"]}
     for K in STEPS:
         ode = sample(None, K, seed=0)
         for name, (solver, hybrid, last) in SAMPLERS.items():
@@ -104,8 +110,37 @@ def convergence(a=0.5):
     table(f"sliced W1 to the ODE, 2-D mixture, a = {a}", [f"K = {K}" for K in STEPS], rows)
 
 
+def shipped_policy():
+    """e and S of the tabletop's SFT policy, in standard deviations of the demonstrations' actions."""
+    envs, checkpoint = make_envs("tabletop", 500, 0, partial_reset=False), flow_sde_ppo.Args.checkpoint
+    policy = load_policy(checkpoint, "cpu")
+    policy.fit_prompts(envs.prompts)
+    rows = {}
+    for flags in (
+        {"noise_level": 1.0},
+        {"noise_level": 0.7},
+        {"noise_level": 0.5},
+        {"noise_level": 1.0, "noisy_last_step": False},
+        {"noise_level": 0.7, "noisy_last_step": False, "mdp": "two-layer"},
+        {"noise_level": 1.0, "sde_solver": "cps"},
+        {"noise_level": 1.0, "sde_solver": "exponential"},
+        {"noise_level": 2.0, "sde_solver": "exponential"},
+    ):
+        name = " ".join(f"--no-{n}" if x is False else f"--{n} {x}" for n, x in flags.items())
+        agents = [flow_sde_ppo.Agent(policy, flow_sde_ppo.Args(denoise_steps=K, **flags)) for K in (2, 4)]
+        rows[f"`{name.replace('_', '-')}`"] = [spreads(agent, envs)[1] for agent in agents]
+    for std in (0.113, 0.346):  # the geometric middles of the paper's bounds and of the default ones
+        policy.need_noise_head(std, std)
+        agents = [flow_noise_ppo.Agent(policy, flow_noise_ppo.Args(denoise_steps=K)) for K in (2, 4)]
+        found = [spreads(agent, envs)[1] for agent in agents]
+        rows[f"Flow-Noise, standard deviation {std}"] = [f"{e:.3f} = {e / std:.2f} x {std}" for e in found]
+    rows["the ODE over x^0: S"] = [spreads(agent, envs)[0] for agent in agents]
+    table("e of the tabletop's SFT policy", ["K = 2", "K = 4"], rows)
+
+
 def main():
     torch.set_num_threads(1)
+    shipped_policy()
     limit()
     convergence()
     equal_exploration(share=0.6)
