@@ -9,7 +9,7 @@ Of each part are printed its root mean square over batches, its share of the var
 with a standard error, on the safe side. The signal is the squared length of the mean, from products of the
 gradients of different batches: without bias, so it may be negative. Tabletop, Markdown.
 
-    python benchmark/gradient.py                                       # five minutes on an idle core
+    python benchmark/gradient.py                                       # four minutes on an idle core
     python benchmark/gradient.py --checkpoint runs/<run>/checkpoint
 """
 
@@ -32,7 +32,7 @@ from pi_models import load_policy
 class Args:
     checkpoint: str = flow_sde_ppo.Args.checkpoint
     """policy that plays"""
-    batches: int = 20
+    batches: int = 32
     """of 2,048 chunks"""
     warmup: int = 4
     """batches before them, for the critic"""
