@@ -678,6 +678,7 @@ def test_critic():
     close(read[0][row], torch.cat([prefix.features[row, real].mean(dim=0), prefix.state[row]]), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", THREE, ids=lambda script: script.__name__)
 def test_scripts_run(tmp_path, script):
     """Two iterations from an untrained policy, of which the action head changes and the VLM does not."""

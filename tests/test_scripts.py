@@ -119,6 +119,7 @@ def test_results(tmp_path, checkpoint, script):
     assert float(rows[-1]["eval/success_rate"]) == result["success"].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", THREE, ids=lambda script: script.__name__)
 def test_learning_rate_rises(tmp_path, checkpoint, script):
     """To the full rate in lr_warmup iterations, which begin when the critic's warm-up is over."""
@@ -131,6 +132,7 @@ def test_learning_rate_rises(tmp_path, checkpoint, script):
     assert rates[:waits] == [0] * waits and len(rates) > 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", THREE, ids=lambda script: script.__name__)
 def test_other_policies(tmp_path, script):
     """pi0.5 with its state in the prompt and a horizon that is longer than a chunk, in 64-pixel pictures."""

@@ -160,6 +160,7 @@ def test_update_encodes_again():
     assert max(moved[name].abs().max() for name in names if "lora_b" in name and "q_proj" in name) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["expert+lora", "all"])
 @pytest.mark.parametrize("script", [flow_sde_ppo, flow_noise_ppo, flow_sde_grpo])
 def test_scripts_train_the_vlm(tmp_path, script, part):
