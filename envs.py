@@ -55,6 +55,7 @@ SIMULATORS = {  # what an env_id begins with: the class, imported when it is ask
     "tabletop": "simulators.tabletop:Tabletop",
     "metaworld": "simulators.metaworld:MetaWorld",
     "libero": "simulators.libero:Libero",
+    "maniskill_25": "simulators.put_on_plate:PutOnPlate",
     "maniskill": "simulators.maniskill:ManiSkill",
 }
 
