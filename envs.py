@@ -23,6 +23,7 @@ The contract. A simulator is a class in a file of simulators/ and a line in SIMU
     step(action)                 (reward, success), for an action (D,) in [-1, 1]
     render(size)                 a picture for people, (size, size, 3) uint8
     expert_action()              optional: the action (D,) of a scripted expert
+    about                        optional: what the protocol line of an evaluation has to say of it
 
 What a user has to put right (assets, an unknown name) is a ValueError of one line. `Block` is some of them in
 one process, `Simulators` is all blocks. A simulator that steps many environments at once, the tabletop, is a
@@ -172,7 +173,8 @@ def describe(build):
     simulator.reset(0, 0)
     names = "prompts", "action_dim", "max_episode_steps", "num_eval_states", "train_states"
     shapes = {key: value.shape for key, value in simulator.observe().items()}
-    return shapes | {name: getattr(simulator, name) for name in names}
+    told = {name: getattr(simulator, name) for name in names}
+    return shapes | told | {"about": getattr(simulator, "about", "")}
 
 
 class Simulators(gym.vector.VectorEnv):
@@ -192,6 +194,7 @@ class Simulators(gym.vector.VectorEnv):
             fail(f"{env_id}: {what}{advice}")
         self.max_episode_steps, self.train_states = told["max_episode_steps"], told["train_states"]
         self.tasks, self.prompts = list(told["prompts"]), list(told["prompts"].values())
+        self.about = told["about"]
         self.eval_states = told["num_eval_states"]  # per task
         self.num_eval_states = self.eval_states * len(self.tasks)
         self.num_eval_envs = min(self.num_eval_states, num_envs)  # at once

@@ -15,7 +15,7 @@ An episode is a number, as in RLinf: its digits say which object, receptacle, sc
 is an instruction, and the states of a task are the episodes that have it. RL4VLA lets objects settle before
 an episode; here, as in RLinf, they fall a few centimetres in its first step.
 
-RL4VLA's folder of meshes and photographs is needed, RL4VLA_ASSETS says where it is, and what SIMPLER needs.
+It needs SIMPLER's assets, and RL4VLA's folder of meshes and photographs: RL4VLA_ASSETS.
 """
 
 import itertools
@@ -29,10 +29,11 @@ import numpy as np
 
 from simulators.maniskill import check_maniskill
 
-# Where things can stand: points of a grid of 3 cm, (a, b) with a the slower one, 0 to 5 in each direction
+# Where things can stand: points (a, b) of a grid of 3 cm, a the slower one
 GRID = list(itertools.product(range(6), range(6)))
-RING = [point for point in itertools.product(range(-1, 7), range(-1, 7)) if point not in GRID]
-# Pairs of points that are 15 cm apart and were more than that in RLinf's floating point: 6 a + b of each
+RING = [point for point in itertools.product(range(-1, 7), range(-1, 7)) if point not in GRID]  # around it
+# Points 15 cm from each other that RLinf's floating point has farther, as 6 a + b: other ways to write the
+# grid keep others, and then the same number is another episode
 ROUNDED_UP = {(6, 28), (6, 33), (7, 29), (7, 34), (8, 35), (9, 30), (10, 24), (10, 31), (11, 25), (11, 32)}
 
 
@@ -41,14 +42,26 @@ def over_7_cm(p, q):
 
 
 def over_15_cm(p, q):
-    return math.dist(p, q) > 5 or tuple(sorted((6 * p[0] + p[1], 6 * q[0] + q[1]))) in ROUNDED_UP
+    return math.dist(p, q) > 5 or tuple(sorted(6 * a + b for a, b in (p, q))) in ROUNDED_UP
 
 
-# places of the object and the receptacle, and of a third: another thing's, or where the object moves to
-PAIRS, RING_PAIRS = ([(o, r) for o in grid for r in grid if over_7_cm(o, r)] for grid in (GRID, RING))
-FAR_OBJECT = [(*p, t) for p in PAIRS for t in GRID if over_7_cm(p[1], t) and over_15_cm(p[0], t)]
-FAR_RECEPTACLE = [(*p, t) for p in PAIRS for t in GRID if over_15_cm(p[1], t) and over_7_cm(p[0], t)]
-TURNS, NEW_TURNS = (0, 45, 90, 135), (-22.5, -67.5, -112.5, -157.5)  # of the objects, in degrees
+def at(heights, places):
+    """[((a, b, z) of the object, of the receptacle, ...)]: where they begin, some centimetres too high."""
+    return [tuple((*point, z) for point, z in zip(points, heights)) for points in places]
+
+
+def pairs(grid):
+    return [(o, r) for o in grid for r in grid if over_7_cm(o, r)]
+
+
+# with a third place: another object's or where the object moves to, and another receptacle's
+THIRD_FROM_OBJECT = [(o, r, t) for o, r in pairs(GRID) for t in GRID if over_7_cm(r, t) and over_15_cm(o, t)]
+THIRD_FROM_PLATE = [(o, r, t) for o, r in pairs(GRID) for t in GRID if over_15_cm(r, t) and over_7_cm(o, t)]
+PAIRS, NEW_PAIRS = at((0.90, 0.90), pairs(GRID)), at((0.95, 0.95), pairs(RING))
+OBJECT_TRIPLES = at((0.95, 0.92, 1.00), THIRD_FROM_OBJECT)
+PLATE_TRIPLES = at((1.00, 0.92, 0.96), THIRD_FROM_PLATE)
+TURNS, NEW_TURNS = (0, 45, 90, 135), (-22.5, -67.5, -112.5, -157.5)  # of objects, in degrees
+MOVE_STEP = 5  # after which an object moves, where it does
 TEMPLATES = (
     "put {o} on {p}",  # wherever the instruction is not what changes
     "Place the {o} on the {p}",
@@ -71,127 +84,87 @@ TEMPLATES = (
 
 
 class Variant(NamedTuple):
-    """`digits`: of an episode's number, the slowest first, and what each can be. Receptacle 0 is the plate."""
-
-    name: str  # the reference's, PutOnPlateInScene25<name>
-    digits: dict
-    heights: tuple = (0.90, 0.90)  # in which they begin: object, receptacle, third
+    name: str  # the reference's, without PutOnPlateInScene25
+    digits: dict  # of an episode's number, the slowest first: what each one chooses from
     texture: float = 0  # how much of it is mixed in,
-    whole: bool = False  # over the whole picture, not only over robot and objects
-    moves: bool = False  # the object, to the third place, after MOVE_STEP steps
+    whole: bool = False  # over the whole picture or only over robot and objects
+    moves: bool = False  # the object, to the third place
 
 
-MOVE_STEP = 5
-ENDING = {"scene": range(16), "places": PAIRS, "turn": TURNS}  # the last digits of most
-MAIN = {"object": range(16), **ENDING}
-TEXTURES = {"object": range(16), "texture": range(1, 17), **ENDING}
-VARIANTS = {
-    "maniskill_25main": Variant(
-        "Main-v3, train, 17 receptacles", {"object": range(16), "receptacle": range(17), **ENDING}
-    ),
-    "maniskill_25main_plate": Variant("Main-v3, train, 1 receptacle", MAIN),
-    # vision
-    "maniskill_25_new_scenes": Variant("VisionImage-v1, test", MAIN | {"scene": range(16, 21)}),
-    "maniskill_25_texture_03": Variant("VisionTexture03-v1, test", TEXTURES, texture=0.3),
-    "maniskill_25_texture_05": Variant("VisionTexture05-v1, test", TEXTURES, texture=0.5),
-    "maniskill_25_whole_03": Variant("VisionWhole03-v1, test", TEXTURES, texture=0.3, whole=True),
-    "maniskill_25_whole_05": Variant("VisionWhole05-v1, test", TEXTURES, texture=0.5, whole=True),
+def digits(places=PAIRS, turn=TURNS, scene=range(16), **slower):
+    return {"object": range(16)} | slower | {"scene": scene, "places": places, "turn": turn}
+
+
+TEXTURES, NEW_TEMPLATES = digits(texture=range(1, 17)), digits(template=range(1, 17))
+OTHER_OBJECT = digits(OBJECT_TRIPLES, other_object=range(15))
+NEW_OBJECTS = digits(OBJECT_TRIPLES, object=range(16, 25), other_object=range(8))
+OTHER_PLATE = digits(PLATE_TRIPLES, scene=range(21), other_receptacle=range(16))
+NEW_PLATES = digits(PLATE_TRIPLES, scene=range(21), receptacle=range(1, 17), other_receptacle=range(15))
+VARIANTS = {  # where a receptacle is not chosen it is the plate, number 0
+    "maniskill_25main": Variant("Main-v3 train, 17 receptacles", digits(receptacle=range(17))),
+    "maniskill_25main_plate": Variant("Main-v3 train, 1 receptacle", digits()),
+    # vision and language
+    "maniskill_25_new_instructions": Variant("Instruct-v1 test", NEW_TEMPLATES),
+    "maniskill_25_new_scenes": Variant("VisionImage-v1 test", digits(scene=range(16, 21))),
+    "maniskill_25_texture_03": Variant("VisionTexture03-v1 test", TEXTURES, 0.3),
+    "maniskill_25_texture_05": Variant("VisionTexture05-v1 test", TEXTURES, 0.5),
+    "maniskill_25_whole_03": Variant("VisionWhole03-v1 test", TEXTURES, 0.3, whole=True),
+    "maniskill_25_whole_05": Variant("VisionWhole05-v1 test", TEXTURES, 0.5, whole=True),
     # semantics
-    "maniskill_25_new_instructions": Variant(
-        "Instruct-v1, test", {"object": range(16), "template": range(1, 17), **ENDING}
-    ),
-    "maniskill_25_two_objects": Variant(
-        "MultiCarrot-v1, train",
-        {"object": range(16), "other_object": range(15), **ENDING, "places": FAR_OBJECT},
-        heights=(0.95, 0.92, 1.00),
-    ),
-    "maniskill_25_two_new_objects": Variant(
-        "MultiCarrot-v1, test",
-        {"object": range(16, 25), "other_object": range(8), **ENDING, "places": FAR_OBJECT},
-        heights=(0.95, 0.92, 1.00),
-    ),
-    "maniskill_25_two_receptacles": Variant(
-        "MultiPlate-v1, train",
-        {
-            "object": range(16),
-            "other_receptacle": range(16),
-            "scene": range(21),
-            "places": FAR_RECEPTACLE,
-            "turn": TURNS,
-        },
-        heights=(1.00, 0.92, 0.96),
-    ),
-    "maniskill_25_two_new_receptacles": Variant(
-        "MultiPlate-v1, test",
-        {
-            "object": range(16),
-            "receptacle": range(1, 17),
-            "other_receptacle": range(15),
-            "scene": range(21),
-            "places": FAR_RECEPTACLE,
-            "turn": TURNS,
-        },
-        heights=(1.00, 0.92, 0.96),
-    ),
+    "maniskill_25_two_objects": Variant("MultiCarrot-v1 train", OTHER_OBJECT),
+    "maniskill_25_two_new_objects": Variant("MultiCarrot-v1 test", NEW_OBJECTS),
+    "maniskill_25_two_receptacles": Variant("MultiPlate-v1 train", OTHER_PLATE),
+    "maniskill_25_two_new_receptacles": Variant("MultiPlate-v1 test", NEW_PLATES),
     # execution
-    "maniskill_25_new_positions": Variant(
-        "Position-v1, test", MAIN | {"places": RING_PAIRS, "turn": NEW_TURNS}, heights=(0.95, 0.95)
-    ),
-    "maniskill_25_moving_object": Variant(
-        "PositionChangeTo-v1, test", MAIN | {"places": FAR_OBJECT}, heights=(0.95, 0.92, 1.00), moves=True
-    ),
+    "maniskill_25_new_positions": Variant("Position-v1 test", digits(NEW_PAIRS, NEW_TURNS)),
+    "maniskill_25_moving_object": Variant("PositionChangeTo-v1 test", digits(OBJECT_TRIPLES), moves=True),
 }
 
 
-def episodes(env_id):
-    """How many there are."""
+def num_episodes(env_id):
     return math.prod(map(len, VARIANTS[env_id].digits.values()))
 
 
 def episode(env_id, number):
-    """What the reference's episode of that number is.
+    """The reference's episode of that number.
 
-    "object", "receptacle", "scene", "template", "texture": indices in the files. "things": what is on the
-    table, {(kind, index): (position, quaternion)}. "target": where the object moves to, or None.
+    "object", "receptacle", "scene", "template", "texture": which of them. "things": all that is on the table,
+    {(kind, index): (position, quaternion)}. "target": the pose that the object moves to, or None.
     """
-    variant, number = VARIANTS[env_id], int(number) % episodes(env_id)
+    variant, number = VARIANTS[env_id], int(number) % num_episodes(env_id)
     told = {"receptacle": 0, "template": 0, "texture": 0}
     for name, choices in reversed(variant.digits.items()):
         number, digit = divmod(number, len(choices))
         told[name] = choices[digit]
     half = math.radians(told.pop("turn")) / 2
     turned, straight = (math.cos(half), 0.0, 0.0, math.sin(half)), (1.0, 0.0, 0.0, 0.0)
-    positions = [
-        ((2 * (a / 5) - 1) * 0.075 - 0.16, (2 * (b / 5) - 1) * 0.075, z)
-        for (a, b), z in zip(told.pop("places"), variant.heights)
-    ]
-    told["things"] = things = {
-        ("object", told["object"]): (positions[0], turned),
-        ("receptacle", told["receptacle"]): (positions[1], straight),
-    }
-    if (
-        "other_object" in told
-    ):  # one of the same set, counted from the right one: in the test set of nine, whose
-        known = variant.digits[
-            "object"
-        ]  # first is number 16, from seven further, so that 1 is the object itself
-        index = (told["object"] + told.pop("other_object") + 1) % len(known) + known[0]
-        things["object", index] = positions[2], turned
+    first, second, *third = (  # in metres
+        ((2 * (a / 5) - 1) * 0.075 - 0.16, (2 * (b / 5) - 1) * 0.075, z) for a, b, z in told.pop("places")
+    )
+    things = {("object", told["object"]): (first, turned)}
+    things["receptacle", told["receptacle"]] = second, straight
+    # Another one of the same set, so many after the right one. Among the new objects the reference counts 16
+    # too many: one episode in eight has no other object, and the right one is in the third place
+    if "other_object" in told:
+        known, step = variant.digits["object"], told.pop("other_object") + 1
+        things["object", (told["object"] + step) % len(known) + known[0]] = *third, turned
     if "other_receptacle" in told:
-        known = variant.digits.get("receptacle", range(17))
-        index = (told["receptacle"] - known[0] + told.pop("other_receptacle") + 1) % len(known) + known[0]
-        things["receptacle", index] = positions[2], straight
-    return told | {"target": (positions[2], turned) if variant.moves else None}
+        known, step = variant.digits.get("receptacle", range(17)), told.pop("other_receptacle") + 1
+        index = (told["receptacle"] - known[0] + step) % len(known) + known[0]
+        things["receptacle", index] = *third, straight
+    return told | {"things": things, "target": (*third, turned) if variant.moves else None}
 
 
+FOLDERS = {"object": "more_carrot", "receptacle": "more_plate", "scene": "more_table"}
 ROBOT = (0.147, 0.028, 0.870), (0, 0, 0, 1)  # where its base stands
 JOINTS = -0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037
-FOLDERS = {"object": "more_carrot", "receptacle": "more_plate", "scene": "more_table"}
 
 
 def find_assets():
     """RL4VLA's folder, and its lists of objects, receptacles and scenes: {kind: [{"file", "name", ...}]}."""
-    folder, lists = Path(os.environ.get("RL4VLA_ASSETS", "RL4VLA_ASSETS")), {}
+    from mani_skill import ASSET_DIR
+
+    folder, lists = Path(os.environ.get("RL4VLA_ASSETS") or ASSET_DIR / "carrot"), {}
     for kind, part in FOLDERS.items():
         file = folder / part / "model_db.json"
         if not file.is_file():
@@ -243,29 +216,26 @@ def make_scene(backend, things, lists, folder):
 
 
 def blend(rgb, kept, photo, texture, strength, whole):
-    """The picture: rendered where `kept` (H, W), else the photograph; a texture over what is kept or over all.
+    """The picture: rendered where `kept` (H, W), elsewhere the photograph, and a texture over it.
 
-    `texture` is fitted to the box around what is kept; or, over all, it is twice the picture's size and seen
-    from that box's centre on, so that it moves with the robot.
+    Over what is kept, the texture is fitted to the box around that. Over the whole picture, it is twice as
+    large, and seen from the centre of that box on: it moves with the robot.
     """
     picture = np.where(kept[..., None], rgb, photo).astype(np.float32)
     if strength:
         import torch
 
-        (y, x), (y_end, x_end) = np.argwhere(kept).min(axis=0), np.argwhere(kept).max(axis=0) + 1
+        rows, columns = np.nonzero(kept)
+        y, x, y_end, x_end = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
         if whole:
             height, width = kept.shape
             y = np.clip((y + y_end - 1) // 2, 1, height - 1)
             x = np.clip((x + x_end - 1) // 2, 1, width - 1)
             picture = picture * (1 - strength) + texture[y : y + height, x : x + width] * strength
         else:
-            fitted = torch.nn.functional.interpolate(  # half-pixel centres, not rounded
-                torch.tensor(texture, dtype=torch.float32).permute(2, 0, 1)[None],
-                (int(y_end - y), int(x_end - x)),
-                mode="bilinear",
-            )[0].permute(1, 2, 0)
-            box = picture[y:y_end, x:x_end]
-            mixed = fitted.numpy() * strength + box * (1 - strength)
+            box, channels = picture[y:y_end, x:x_end], torch.tensor(np.float32(texture)).permute(2, 0, 1)
+            fitted = torch.nn.functional.interpolate(channels[None], box.shape[:2], mode="bilinear")
+            mixed = fitted[0].permute(1, 2, 0).numpy() * strength + box * (1 - strength)
             box[:] = np.where(kept[y:y_end, x:x_end, None], mixed, box)
     return np.clip(picture, 0, 255).astype(np.uint8)
 
@@ -281,23 +251,25 @@ class PutOnPlate:
         self.backend = check_maniskill("PutCarrotOnPlateInScene-v1", obs_mode)  # robot, stage, camera
         self.folder, self.lists = find_assets()
         import mani_skill
+        from PIL import Image
 
+        self.about = f"PutOnPlateInScene25{self.variant.name}"
+        photo = self.folder / FOLDERS["scene"] / "imgs" / self.lists["scene"][0]["file"]
+        if Image.open(photo).size != (640, 480):
+            self.about += " (reduced assets: not for comparison)"
         mani_skill.logger.setLevel("ERROR")  # otherwise two lines of warnings at every reset
-        # the digits that an instruction depends on are the slowest, so each has the same number of episodes
-        said = {"object": (0,), "receptacle": (0,), "template": (0,)} | self.variant.digits
-        self.prompts = {
-            text: text
-            for o, r, t in itertools.product(said["object"], said["receptacle"], said["template"])
-            for text in [self.instruction({"object": o, "receptacle": r, "template": t})]
-        }
-        self.num_episodes = episodes(env_id) // len(self.prompts)
+        # an instruction depends on the slowest digits only: each has as many episodes, one after the other
+        choices = [self.variant.digits.get(name, (0,)) for name in ("object", "receptacle", "template")]
+        said = [self.instruction(*which) for which in itertools.product(*choices)]
+        self.prompts = dict(zip(said, said))
+        self.num_episodes = num_episodes(env_id) // len(self.prompts)
         self.num_eval_states = max(1, round(320 / len(self.prompts)))  # RLinf evaluates on 320 episodes
         self.train_states = self.num_eval_states, self.num_eval_states + self.num_episodes
         self.scene = None
 
-    def instruction(self, told):
-        o, p = (self.lists[kind][told[kind]]["name"] for kind in ("object", "receptacle"))
-        return TEMPLATES[told["template"]].format(o=o, p=p)
+    def instruction(self, object, receptacle, template):
+        names = self.lists["object"][object]["name"], self.lists["receptacle"][receptacle]["name"]
+        return TEMPLATES[template].format(o=names[0], p=names[1])
 
     def number(self, task, state):
         """The first states are an evaluation's, drawn once for all; the others a task's episodes in turn."""
@@ -316,8 +288,9 @@ class PutOnPlate:
         self.obs, _ = self.scene.reset(seed=0, options={"reconfigure": True})  # anew: nothing is left over
         self.object, self.receptacle, *_ = self.scene.objs.values()
         self.target = self.now["target"] and sapien.Pose(*self.now["target"])
-        boxes = [self.lists[kind][self.now[kind]]["bbox"] for kind in ("object", "receptacle")]
-        self.half = [np.subtract(box["max"], box["min"]) / 2 for box in boxes]
+        self.background = self.read_background()
+        boxes = (self.lists[kind][self.now[kind]]["bbox"] for kind in ("object", "receptacle"))
+        self.half_sizes = [np.subtract(box["max"], box["min"]) / 2 for box in boxes]
         self.length = self.in_a_row = self.earned = 0
         self.grasped = self.held = False
 
@@ -338,15 +311,12 @@ class PutOnPlate:
         return self.earned - before, success
 
     def is_on(self):
-        """Whether the object is above the receptacle, near it and in contact with it.
-
-        Boxes are those at the beginning, when the receptacle was not turned and the object about z only.
-        """
+        """Near the receptacle's centre, above it and in contact with it; sizes are those of the beginning."""
         x, y, z = (self.object.pose.p - self.receptacle.pose.p)[0].tolist()
-        (*_, height), half = self.half
+        object, receptacle = self.half_sizes  # at the beginning nothing is turned but objects about z
         force = self.scene.scene.get_pairwise_contact_forces(self.object, self.receptacle).norm()
-        near = math.hypot(x, y) <= half.max() + 0.01
-        return bool(near and 0 < z <= height + half[2] + 0.05 and force > 0.03)
+        near = math.hypot(x, y) <= receptacle.max() + 0.01  # the greatest of all three
+        return bool(near and 0 < z <= receptacle[2] + object[2] + 0.05 and force > 0.03)
 
     def observe(self):
         if self.obs is None:
@@ -354,23 +324,22 @@ class PutOnPlate:
         camera = self.obs["sensor_data"]["3rd_view_camera"]
         things = [*self.scene.agent.robot.get_links(), *self.scene.objs.values()]
         kept = np.isin(camera["segmentation"][0, ..., 0], [int(thing.per_scene_id) for thing in things])
-        photo, texture, mix = self.background()
-        picture = blend(camera["rgb"][0].numpy(), kept, photo, texture, mix, self.variant.whole)
+        picture = blend(camera["rgb"][0].numpy(), kept, *self.background, self.variant.whole)
         state = self.scene.agent.robot.get_qpos()[0].numpy()
         return {"images": picture[None], "state": np.float32(state)}
 
-    def background(self):
+    def read_background(self):
         import cv2
+        from PIL import Image
 
-        def read(part, name, *size):
-            picture = cv2.imread(str(self.folder / "more_table" / part / name))
-            return cv2.resize(picture, size)[..., ::-1]  # to red, green, blue
+        def read(part, file, size):
+            path = self.folder / FOLDERS["scene"] / part / file
+            return cv2.resize(np.asarray(Image.open(path).convert("RGB")), size)
 
         scenes = self.lists["scene"]
-        chosen = scenes[self.now["texture"]]  # RLinf takes the scene's own instead
-        scale = 2 if self.variant.whole else 1
-        photo = read("imgs", scenes[self.now["scene"]]["file"], 640, 480)
-        texture = read("textures", chosen["texture"], 640 * scale, 480 * scale)
+        chosen = scenes[self.now["texture"]]  # as in RL4VLA; RLinf takes the scene's own
+        photo = read("imgs", scenes[self.now["scene"]]["file"], (640, 480))
+        texture = read("textures", chosen["texture"], (1280, 960) if self.variant.whole else (640, 480))
         return photo, texture, self.variant.texture * chosen["mix"]
 
     def render(self, size):
