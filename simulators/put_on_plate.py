@@ -184,8 +184,11 @@ def make_scene(backend, things, lists, folder):
     class Scene(PutCarrotOnPlateInScene):  # whose robot, camera, lights and stage it has
         rgb_overlay_mode = "none"  # no photograph: that is `blend`'s work
 
-        def _load_scene(self, options):  # at every reset, only what is needed: {(kind, index): pose}
-            self.chosen = {lists[kind][index]["file"]: (kind, index) for kind, index in self.things}
+        def _load_scene(
+            self, options
+        ):  # at every reset; of the reference's 42 things only those on the table
+            ordered = sorted(self.things)  # as they are loaded there: physics depends on it
+            self.chosen = {lists[kind][index]["file"]: (kind, index) for kind, index in ordered}
             self.model_db = {name: lists[kind][index] for name, (kind, index) in self.chosen.items()}
             self.objs, self.obj_names = {}, list(self.chosen)
             self.source_obj_name, self.target_obj_name, *_ = self.obj_names
@@ -233,7 +236,7 @@ def blend(rgb, kept, photo, texture, strength, whole):
             x = np.clip((x + x_end - 1) // 2, 1, width - 1)
             picture = picture * (1 - strength) + texture[y : y + height, x : x + width] * strength
         else:
-            box, channels = picture[y:y_end, x:x_end], torch.tensor(np.float32(texture)).permute(2, 0, 1)
+            box, channels = picture[y:y_end, x:x_end], torch.tensor(texture).permute(2, 0, 1)
             fitted = torch.nn.functional.interpolate(channels[None], box.shape[:2], mode="bilinear")
             mixed = fitted[0].permute(1, 2, 0).numpy() * strength + box * (1 - strength)
             box[:] = np.where(kept[y:y_end, x:x_end, None], mixed, box)
@@ -286,11 +289,11 @@ class PutOnPlate:
             self.scene = make_scene(self.backend, self.now["things"], self.lists, self.folder)
         self.scene.things = self.now["things"]
         self.obs, _ = self.scene.reset(seed=0, options={"reconfigure": True})  # anew: nothing is left over
-        self.object, self.receptacle, *_ = self.scene.objs.values()
+        chosen = [self.lists[kind][self.now[kind]] for kind in ("object", "receptacle")]
+        self.object, self.receptacle = (self.scene.objs[line["file"]] for line in chosen)
         self.target = self.now["target"] and sapien.Pose(*self.now["target"])
         self.background = self.read_background()
-        boxes = (self.lists[kind][self.now[kind]]["bbox"] for kind in ("object", "receptacle"))
-        self.half_sizes = [np.subtract(box["max"], box["min"]) / 2 for box in boxes]
+        self.half_sizes = [np.subtract(line["bbox"]["max"], line["bbox"]["min"]) / 2 for line in chosen]
         self.length = self.in_a_row = self.earned = 0
         self.grasped = self.held = False
 
@@ -340,7 +343,7 @@ class PutOnPlate:
         chosen = scenes[self.now["texture"]]  # as in RL4VLA; RLinf takes the scene's own
         photo = read("imgs", scenes[self.now["scene"]]["file"], (640, 480))
         texture = read("textures", chosen["texture"], (1280, 960) if self.variant.whole else (640, 480))
-        return photo, texture, self.variant.texture * chosen["mix"]
+        return photo, np.float32(texture), self.variant.texture * chosen["mix"]
 
     def render(self, size):
         from PIL import Image
