@@ -4,7 +4,7 @@ PYTHON = python3
 ARGS =
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations 10 -n 2 --dist loadfile
-FAST = $(filter-out $(patsubst %,tests/test_%.py,metaworld libero maniskill make),$(wildcard tests/test_*.py))
+FAST = $(filter-out $(patsubst %,tests/test_%.py,metaworld libero maniskill put_on_plate make),$(wildcard tests/test_*.py))
 
 .PHONY: help install apt check lint test test-fast demo sft vlm diffs
 
