@@ -199,7 +199,8 @@ class Simulators(gym.vector.VectorEnv):
         self.single_observation_space = spaces.Dict({"images": images, "state": state})
         self.single_action_space = spaces.Box(-1, 1, (told["action_dim"],), np.float32)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        workers = max(n for n in range(1, len(os.sched_getaffinity(0)) + 1) if num_envs % n == 0)
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's ranks
+        workers = max(n for n in range(1, max(cores, 1) + 1) if num_envs % n == 0)
         size = num_envs // workers
         parts = batch_space(self.single_observation_space, size), batch_space(self.single_action_space, size)
         self.blocks = [functools.partial(Block, build, *parts, i, size) for i in range(workers)]

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from envs import make_envs
-from pi_models import TINY, Policy
+from pi_models import CHECKPOINTS, TINY, Policy
 
 os.environ.setdefault("MUJOCO_GL", "egl" if find_library("EGL") else "osmesa")  # before MuJoCo is imported
 torch.set_num_threads(1)  # at these sizes a second thread only waits for the first
@@ -34,6 +34,7 @@ def make_policy(critic="", critic_layers=2, seed=0, **sizes):
     torch.manual_seed(seed)
     sizes = dict(vision_depth=1, depth=2) | sizes
     policy = Policy(dataclasses.replace(TINY, critic=critic, critic_layers=critic_layers, **sizes), STATS)
+    policy.tokenizer_json = (CHECKPOINTS / "tiny/tokenizer.json").read_text()
     if critic:
         for parameter in policy.value_head.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
