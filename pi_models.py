@@ -38,11 +38,7 @@ from flags import fail
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 STATISTICS = {"pi0": ("mean", "std"), "pi05": ("q01", "q99"), "gr00t": ("min", "max")}  # that normalise
-TOKENIZERS = {
-    "paligemma": "google/paligemma-3b-pt-224",
-    "qwen3": "Qwen/Qwen3-1.7B",
-    "words": "checkpoints/tiny",
-}
+TOKENIZERS = {"paligemma": "google/paligemma-3b-pt-224", "qwen3": "Qwen/Qwen3-1.7B", "words": "tiny"}
 
 
 @dataclass

@@ -24,6 +24,9 @@ STATS = {
 for part in STATS.values():  # of pi0.5; not symmetric about the mean
     part["q01"], part["q99"] = ([m + w * s for m, s in zip(part["mean"], part["std"])] for w in (-2.1, 1.9))
 
+# where every denoise step may be noisy and one decides, and two optimiser steps a pass: the paper's sampling
+HYBRID = dict(mdp="hybrid", noisy_last_step=True, noise_level=1.0, update_epochs=4, num_minibatches=2)
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: not among those of make test-fast")
