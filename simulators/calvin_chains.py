@@ -78,15 +78,21 @@ def feasible(desk, chain, rules):
     return True
 
 
+def draw_chains(number, desk, count, rules):
+    """`count` feasible chains from a desk: [its number, the numbers of five tasks]."""
+    rng, names, chains = np.random.RandomState(number), list(TASKS), []
+    while len(chains) < count:
+        chain = rng.permutation(len(names))[:5].tolist()
+        if feasible(desk, [names[task] for task in chain], rules):
+            chains.append([number, *chain])
+    return chains
+
+
 def make_chains():
-    """The evaluation's: a list of [number of the initial desk, numbers of five tasks]. Takes a minute."""
-    desks, names, rules, chains = initial_desks(), list(TASKS), make_rules(), []
-    for i, share in enumerate(np.array_split(range(1000), len(desks))):
-        rng, end = np.random.RandomState(i), len(chains) + len(share)
-        while len(chains) < end:
-            chain = rng.permutation(len(names))[:5].tolist()
-            if feasible(desks[i], [names[task] for task in chain], rules):
-                chains.append([i, *chain])
+    """The evaluation's 1,000, in its order. Takes a minute."""
+    desks, rules, chains = initial_desks(), make_rules(), []
+    for number, share in enumerate(np.array_split(range(1000), len(desks))):
+        chains += draw_chains(number, desks[number], len(share), rules)
     np.random.RandomState(0).shuffle(chains)
     return chains
 
