@@ -311,7 +311,7 @@ def main(args):
             for i, seed in enumerate(args.seeds):
                 runs.append(evaluate(agent, envs, ode, seed, 0 if i else record))
                 if chain_limit(args.env_id):
-                    runs[-1]["solved"] = envs.eval_return.astype(int)
+                    runs[-1]["solved"] = envs.eval_return[:num_states].astype(int)
             summary = summarize(runs, expert, envs.tasks)
             told = {"name": name, "checkpoint": checkpoint, "deterministic": ode, "spread": wide[not ode]}
             results.append(told | played | summary)

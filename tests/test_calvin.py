@@ -561,9 +561,10 @@ def test_scripted_chains_are_counted():
 @bullet
 def test_chain_table(monkeypatch, tmp_path, capsys):
     """A random policy, from the command line to the table, on two of the chains."""
-    stats = {key: {"mean": [0.0] * n, "std": [1.0] * n} for key, n in (("state", 39), ("actions", 7))}
     torch.manual_seed(0)
-    save_policy(Policy(TINY, stats), tmp_path / "random")
+    policy = Policy(TINY)
+    policy.fit_robot(39, 7)
+    save_policy(policy, tmp_path / "random")
 
     def two_chains(*args, **mode):
         envs = make_envs(*args, **mode)
