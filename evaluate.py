@@ -201,7 +201,7 @@ def markdown(report):
     rows.append(("95% interval", "", *("{:.1%} to {:.1%}".format(*r["interval"]) for r in results)))
     for name, key in ("length of successes", "length"), ("expert's, same states", "expert_length"):
         rows.append((name, "", *(steps(r[key]) for r in results)))
-    if p["chain_limit"]:
+    if p.get("chain_limit"):
         rows.append(("average length of chains", "", *(f"{r['chain_length']:.3f}" for r in results)))
     if p["stochastic"]:
         rows.append(("spread (ODE: over A^0, else given it)", "", *(f"{r['spread']:.2f}" for r in results)))
@@ -218,7 +218,7 @@ def markdown(report):
             how += f" and with noise ({x['mdp']}, {level})"
         played.setdefault(how, []).append(result["name"].removesuffix(", ODE"))
     played = [how if len(played) == 1 else f"{how} ({', '.join(who)})" for how, who in played.items()]
-    limit = p["chain_limit"] or f"{p['max_episode_steps']} steps ({p['eval_protocol']}'s limit)"
+    limit = p.get("chain_limit") or f"{p['max_episode_steps']} steps ({p['eval_protocol']}'s limit)"
     return (
         f"{table}\n\nProtocol: {p['env_id']}, {p['obs_mode']} observations, {p['num_states']} fixed states, "
         f"at most {limit}, {'; '.join(played)}, "
