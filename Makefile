@@ -4,7 +4,7 @@ PYTHON = python3
 ARGS =
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations 10 -n 2 --dist loadfile
-FAST = $(filter-out $(patsubst %,tests/test_%.py,metaworld libero maniskill make),$(wildcard tests/test_*.py))
+FAST = $(filter-out $(patsubst %,tests/test_%.py,metaworld libero maniskill calvin make),$(wildcard tests/test_*.py))
 
 .PHONY: help install apt check lint test test-fast demo sft vlm diffs
 
@@ -13,7 +13,7 @@ help:
 	@echo "make sft       makes checkpoints/tabletop-sft again: SFT on 5 demonstrations per task"
 	@echo "make vlm       makes checkpoints/tiny again: pre-training of the tiny pi0, 30 minutes"
 	@echo "               These three install requirements-core.txt into .venv, the following everything:"
-	@echo "make install   only installs: requirements.txt with MetaWorld and ManiSkill, and LIBERO"
+	@echo "make install   only installs: requirements.txt with MetaWorld and ManiSkill, LIBERO, and CALVIN's pybullet"
 	@echo "make check     which simulators work here, and what is missing"
 	@echo "make lint      ruff: mistakes and format"
 	@echo "make diffs     writes the diffs between the three scripts into docs/diffs.md"
@@ -31,10 +31,12 @@ help:
 	@$(PIP) install --quiet -r requirements-core.txt
 	@touch $@
 
-.venv/installed: .venv/core requirements.txt requirements-libero.txt
-	@echo "installing requirements.txt and requirements-libero.txt into .venv, once"
+.venv/installed: .venv/core requirements.txt requirements-libero.txt requirements-calvin.txt
+	@echo "installing requirements.txt, requirements-libero.txt and requirements-calvin.txt into .venv, once"
 	@$(PIP) install --quiet -r requirements.txt
 	@$(PIP) install --quiet --no-deps -r requirements-libero.txt
+	@$(PIP) install --quiet --only-binary :all: -r requirements-calvin.txt || echo "CALVIN is left out: there is no" \
+		"pybullet for this Python; with a C++ compiler, .venv/bin/pip install -r requirements-calvin.txt makes one"
 	@touch $@
 
 install: .venv/installed
