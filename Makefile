@@ -4,7 +4,8 @@ PYTHON = python3
 ARGS =
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations 10 -n 2 --dist loadfile
-FAST = $(filter-out $(patsubst %,tests/test_%.py,metaworld libero maniskill calvin make),$(wildcard tests/test_*.py))
+SIMULATED = $(patsubst %,tests/test_%.py,metaworld libero maniskill put_on_plate calvin make)
+FAST = $(filter-out $(SIMULATED),$(wildcard tests/test_*.py))
 
 .PHONY: help install apt check lint test test-fast demo sft vlm diffs
 

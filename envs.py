@@ -24,6 +24,7 @@ The contract. A simulator is a class in a file of simulators/ and a line in SIMU
     step(action)                 (reward, success), for an action (D,) in [-1, 1]
     render(size)                 a picture for people, (size, size, 3) uint8
     expert_action()              optional: the action (D,) of a scripted expert
+    about                        optional: what the protocol line of an evaluation has to say of it
 
 What a user has to put right (assets, an unknown name) is a ValueError of one line. `Block` is some of them in
 one process, `Simulators` is all blocks. A simulator that steps many environments at once, the tabletop, is a
@@ -56,6 +57,7 @@ SIMULATORS = {  # what an env_id begins with: the class, imported when it is ask
     "tabletop": "simulators.tabletop:Tabletop",
     "metaworld": "simulators.metaworld:MetaWorld",
     "libero": "simulators.libero:Libero",
+    "maniskill_25": "simulators.put_on_plate:PutOnPlate",
     "maniskill": "simulators.maniskill:ManiSkill",
     "calvin": "simulators.calvin:Calvin",
 }
@@ -158,8 +160,7 @@ class Block(gym.Env):
             except Exception as error:
                 raise self._tell(row, error) from None
         self.frames = [[f[min(c, len(f) - 1)] for f in film] for c in range(actions.shape[1])]
-        over = self.length >= [simulator.max_episode_steps for simulator in self.simulators]
-        truncated = self.alive & ~success & over
+        truncated = self.alive & ~success & (self.length >= [s.max_episode_steps for s in self.simulators])
         self.alive &= ~(success | truncated)
         told = {"reward": reward, "terminated": success, "truncated": truncated, "length": self.length.copy()}
         return self.obs, 0.0, False, False, told | {"prompt": self.prompt}
@@ -175,7 +176,8 @@ def describe(build):
     told = {name: getattr(simulator, name) for name in names}
     simulator.reset(0, 0)
     shapes = {key: value.shape for key, value in simulator.observe().items() if key != "prompt"}
-    return shapes | told | {"more_prompts": getattr(simulator, "more_prompts", [])}
+    optional = {"more_prompts": [], "about": ""}
+    return shapes | told | {name: getattr(simulator, name, usual) for name, usual in optional.items()}
 
 
 class Simulators(gym.vector.VectorEnv):
@@ -195,10 +197,10 @@ class Simulators(gym.vector.VectorEnv):
             fail(f"{env_id}: {what}{advice}")
         self.max_episode_steps, self.train_states = told["max_episode_steps"], told["train_states"]
         self.tasks, self.prompts = list(told["prompts"]), [*told["prompts"].values(), *told["more_prompts"]]
+        self.about = told["about"]
         self.eval_states = told["num_eval_states"]  # per task
         self.num_eval_states = self.eval_states * len(self.tasks)
         self.num_eval_envs = min(self.num_eval_states, num_envs)  # at once
-        self.eval_return = np.zeros(self.num_eval_states, np.float32)  # of the last episode from each of them
         images = spaces.Box(0, 255, told["images"], np.uint8)
         state = spaces.Box(-np.inf, np.inf, told["state"], np.float32)
         self.single_observation_space = spaces.Dict({"images": images, "state": state})
@@ -221,11 +223,10 @@ class Simulators(gym.vector.VectorEnv):
         if seed is not None:
             self.rng = np.random.default_rng(seed)
         eval_states = (options or {}).get("eval_states")
-        self.begun = None if eval_states is None else np.asarray(eval_states)
         if eval_states is None:
             task, state = (x.repeat(self.group_size) for x in self._draw(self.num_envs // self.group_size))
         else:
-            task, state = np.divmod(self.begun, self.eval_states)
+            task, state = np.divmod(np.asarray(eval_states), self.eval_states)
         if self.processes is None:
             gym.logger.min_level = gym.logger.ERROR + 1  # it would print the workers' tracebacks
             self.processes, self.recorded = AsyncVectorEnv(self.blocks, context="forkserver"), 0
@@ -276,8 +277,6 @@ class Simulators(gym.vector.VectorEnv):
         told = [told[name].reshape(self.num_envs, *told[name].shape[2:]) for name in names]
         began, before, (reward, terminated, truncated, self.length) = self.alive.copy(), self.length, told
         self.returned += reward.sum(axis=1)
-        if self.begun is not None:
-            self.eval_return[self.begun[::-1]] = self.returned[::-1]  # of equal states: the first row's
         self.success |= terminated
         self.alive &= ~(terminated | truncated)
         info = {

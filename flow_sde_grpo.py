@@ -304,7 +304,7 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(agent, envs, deterministic=True, seed=0, record=0, rank=0, ranks=1) -> dict:
-    """One episode from each fixed evaluation state, by the ODE: success, length, task (M,) and frames."""
+    """One episode from each fixed evaluation state, by the ODE: success, length, return, task (M,) and frames."""
     device, c = agent.policy.device, agent.policy.config
     generator = torch.Generator(device)
     states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
@@ -314,7 +314,7 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0, rank=0, ranks=1)
         chosen = states[turn]
         obs, _ = envs.reset(options={"eval_states": np.resize(chosen, envs.num_envs)})
         alive = np.arange(envs.num_envs) < len(chosen)  # the last round may have environments to spare
-        success, length = np.zeros((2, envs.num_envs), int)
+        success, length, returned = np.zeros((3, envs.num_envs))
         envs.record = record if start == 0 else 0
         while alive.any():
             rows = np.flatnonzero(alive)
@@ -328,11 +328,13 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0, rank=0, ranks=1)
             actions[rows] = agent.policy.postprocess(chain[:, -1], seen)[:, : agent.chunk_len]
             obs, _, terminated, truncated, info = envs.step_chunk(actions)
             success[rows], length[rows] = info["success"][rows], info["episode_length"][rows]
+            returned[rows] = info["episode_return"][rows]
             alive &= ~(terminated | truncated)
             frames += info.get("frames", [])
-        results.append(np.stack([success, length, info["task"]])[:, : len(chosen)])
-    success, length, task = np.concatenate(sum(gather(results), []), axis=1)  # (M,) each
-    return {"success": success.astype(bool), "length": length, "task": task, "frames": frames}
+        results.append(np.stack([success, length, returned, info["task"]])[:, : len(chosen)])
+    success, length, returned, task = np.concatenate(sum(gather(results), []), axis=1)  # (M,) each
+    result = {"success": success.astype(bool), "length": length.astype(int), "return": returned}
+    return result | {"task": task.astype(int), "frames": frames}
 
 
 def check(args: Args):

@@ -89,13 +89,14 @@ def asset_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIBERO_ASSETS", str(folder / "libero_assets_256px"))
         patch.setenv("MS_ASSET_DIR", str(folder))
+        patch.setenv("RL4VLA_ASSETS", str(folder / "carrot"))
         yield folder
     shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
 def assets(asset_folder):
-    """The assets of LIBERO and of SIMPLER's tasks, unpacked."""
+    """The assets of LIBERO, SIMPLER's tasks and put-on-plate, unpacked."""
     for path in (Path(__file__).parent / "assets").glob("*.tar.xz"):
         with tarfile.open(path) as archive:
             archive.extractall(asset_folder, filter="data")
