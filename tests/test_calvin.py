@@ -18,7 +18,7 @@ import torch
 
 import evaluate as script
 from envs import make_envs
-from pi_models import TINY, Policy, save_policy
+from pi_models import CHECKPOINTS, TINY, Policy, save_policy
 from simulators import calvin_chains
 from simulators.calvin import CHAINS, COLOURS, DESKS, NAMES, ROBOT, TASKS, Calvin, World, chain_limit, solved
 
@@ -563,6 +563,7 @@ def test_chain_table(monkeypatch, tmp_path, capsys):
     """A random policy, from the command line to the table, on two of the chains."""
     torch.manual_seed(0)
     policy = Policy(TINY)
+    policy.tokenizer_json = (CHECKPOINTS / "tiny/tokenizer.json").read_text()
     policy.fit_robot(39, 7)
     save_policy(policy, tmp_path / "random")
 
