@@ -341,7 +341,7 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(agent, envs, deterministic=True, seed=0, record=0, rank=0, ranks=1) -> dict:
-    """One episode from each fixed evaluation state, by the ODE: success, length, return, task (M,); frames."""
+    """One episode from each fixed evaluation state, by the ODE: success, length, return, task, frames."""
     device, c = agent.policy.device, agent.policy.config
     generator = torch.Generator(device)
     states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn

@@ -160,7 +160,7 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
             assert table[task][0] == f"{expert[i].mean():.1f}"
     assert "Protocol: tabletop, rgb observations, 60 fixed states, at most 40 steps (paper's limit), " in out
     assert "chunks of 5, K = 4 (defaults for tabletop), deterministic ODE and with noise (two-layer, " in out
-    assert "euler, level 1.0), evaluation seed 3, 4, torch " + torch.__version__ in out
+    assert "euler, level 0.7), evaluation seed 3, 4, torch " + torch.__version__ in out
     protocol = {"env_id": "tabletop", "num_states": 60, "max_episode_steps": 40, "seeds": [3, 4]}
     assert protocol.items() <= report["protocol"].items()
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
