@@ -2,6 +2,8 @@
 # is all that the tabletop needs, and the simulators when somebody asks for them: each has a stamp file.
 PYTHON = python3
 ARGS =
+RANKS = $(shell $(PYTHON) -c "import os; c = getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count()))(0); \
+	print(1 << min(len(c), 8).bit_length() - 1)")
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations 10 -n 2 --dist loadfile
 SIMULATED = $(patsubst %,tests/test_%.py,metaworld libero maniskill put_on_plate calvin make)
@@ -22,6 +24,7 @@ help:
 	@echo "make test-fast the tests that need no simulator, two minutes"
 	@echo "make apt       as root, on Debian: the libraries that draw pictures without a GPU"
 	@echo "ARGS=...       flags for the script that demo, sft or vlm runs, or for pytest: make demo ARGS='--seed 2'"
+	@echo "RANKS=...      the processes that demo trains in, which share its environments (now: $(RANKS))"
 	@echo "PYTHON=...     the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))"
 
 .venv/core: requirements-core.txt
@@ -66,7 +69,9 @@ test-fast: .venv/installed
 
 demo: .venv/core
 	@set -e; folder=runs/demo-$$(date +%Y%m%d-%H%M%S); \
-	.venv/bin/python flow_sde_ppo.py --seed 1 --run-dir $$folder $(ARGS); \
+	echo "training in $(RANKS) processes, as there are cores (RANKS=1: in one)"; \
+	OMP_NUM_THREADS=1 .venv/bin/python -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) \
+		flow_sde_ppo.py --seed 1 --run-dir $$folder $(ARGS); \
 	run=$$(dirname $$folder/*/checkpoint); \
 	.venv/bin/python evaluate.py --checkpoints checkpoints/tabletop-sft $$run/checkpoint --labels SFT RL \
 		--stochastic --json $$run/evaluation.json --capture-video $$run/sft_rl.gif; \
