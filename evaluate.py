@@ -94,6 +94,8 @@ def sampler(args, checkpoint, policy):
                 told = dict(json.loads(file.read_text()))
             except (ValueError, TypeError) as error:
                 fail(f"{file} cannot be read: {error}")
+            if "logprob_reduction" in told:  # Flow-Noise, which has noise in every step
+                told |= {"mdp": "two-layer", "noisy_last_step": True}
             told = {name: told[name] for name in SAMPLER if name in told}
             for name, value in told.items():
                 if type(value) is not type(chosen[name]):

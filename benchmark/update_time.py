@@ -83,8 +83,9 @@ def main(args):
     updates = {
         "Flow-SDE PPO, hybrid": prepare(flow_sde_ppo, args, prefix, mdp="hybrid"),
         "Flow-SDE PPO, two-layer": prepare(flow_sde_ppo, args, prefix, noisy_last_step=True),
+        "Flow-SDE PPO, all steps but the last (default)": prepare(flow_sde_ppo, args, prefix),
         "Flow-Noise PPO, one-layer": prepare(flow_noise_ppo, args, prefix),
-        "Flow-SDE GRPO, hybrid": prepare(flow_sde_grpo, args, prefix, mdp="hybrid"),
+        "Flow-SDE GRPO, all steps but the last (default)": prepare(flow_sde_grpo, args, prefix),
     }
     seconds = {name: [] for name in updates}
     for i in range(1 + args.rounds):

@@ -30,6 +30,7 @@ ELSEWHERE = {  # what a command begins with: where else it is run, or why it is 
     "OMP_NUM_THREADS=1 python benchmark/throughput.py": "minutes",
     "python benchmark/": "test_benchmark.py, or minutes",
     "python envs.py --check": "make check",
+    "torchrun": "test_ranks.py, or needs several GPUs",
     "python flow_sft.py": "test_sft.py, or minutes",
     "python flow_sde_ppo.py --env-id metaworld": "test_metaworld.py",
     "python evaluate.py --env-id libero_goal": "needs a checkpoint that is not here",
