@@ -14,7 +14,7 @@ FAST = $(filter-out $(SIMULATED),$(wildcard tests/test_*.py))
 help:
 	@echo "make demo      Flow-SDE PPO from the shipped SFT policy, then both policies evaluated: table, curve, GIF"
 	@echo "make sft       makes checkpoints/tabletop-sft again: SFT on 5 demonstrations per task"
-	@echo "make vlm       makes checkpoints/tiny again: pre-training of the tiny pi0, 30 minutes"
+	@echo "make vlm       makes checkpoints/tiny again: pre-training of the tiny pi0, 20 minutes"
 	@echo "               These three install requirements-core.txt into .venv, the following everything:"
 	@echo "make install   only installs: requirements.txt with MetaWorld and ManiSkill, LIBERO, and CALVIN's pybullet"
 	@echo "make check     which simulators work here, and what is missing"

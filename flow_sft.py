@@ -16,7 +16,7 @@ pre-training, in two parts:
    targets and trying again, failed episodes included. What pi0 had from large robot data.
 
     python flow_sft.py                 # SFT: checkpoints/tiny -> checkpoints/tabletop-sft, under a minute
-    python flow_sft.py --pretrain      # stage 0: checkpoints/tiny, about 30 minutes
+    python flow_sft.py --pretrain      # stage 0: checkpoints/tiny, about 20 minutes
 """
 
 import re
