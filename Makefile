@@ -2,18 +2,21 @@
 # is all that the tabletop needs, and the simulators when somebody asks for them: each has a stamp file.
 PYTHON = python3
 ARGS =
+RANKS = $(shell $(PYTHON) -c "import os; c = getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count()))(0); \
+	print(1 << min(len(c), 8).bit_length() - 1)")
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations 10 -n 2 --dist loadfile
-FAST = $(filter-out $(patsubst %,tests/test_%.py,metaworld libero maniskill put_on_plate make),$(wildcard tests/test_*.py))
+SIMULATED = $(patsubst %,tests/test_%.py,metaworld libero maniskill put_on_plate calvin make)
+FAST = $(filter-out $(SIMULATED),$(wildcard tests/test_*.py))
 
 .PHONY: help install apt check lint test test-fast demo sft vlm diffs
 
 help:
 	@echo "make demo      Flow-SDE PPO from the shipped SFT policy, then both policies evaluated: table, curve, GIF"
 	@echo "make sft       makes checkpoints/tabletop-sft again: SFT on 5 demonstrations per task"
-	@echo "make vlm       makes checkpoints/tiny again: pre-training of the tiny pi0, 30 minutes"
+	@echo "make vlm       makes checkpoints/tiny again: pre-training of the tiny pi0, 20 minutes"
 	@echo "               These three install requirements-core.txt into .venv, the following everything:"
-	@echo "make install   only installs: requirements.txt with MetaWorld and ManiSkill, and LIBERO"
+	@echo "make install   only installs: requirements.txt with MetaWorld and ManiSkill, LIBERO, and CALVIN's pybullet"
 	@echo "make check     which simulators work here, and what is missing"
 	@echo "make lint      ruff: mistakes and format"
 	@echo "make diffs     writes the diffs between the three scripts into docs/diffs.md"
@@ -21,6 +24,7 @@ help:
 	@echo "make test-fast the tests that need no simulator, two minutes"
 	@echo "make apt       as root, on Debian: the libraries that draw pictures without a GPU"
 	@echo "ARGS=...       flags for the script that demo, sft or vlm runs, or for pytest: make demo ARGS='--seed 2'"
+	@echo "RANKS=...      the processes that demo trains in, which share its environments (now: $(RANKS))"
 	@echo "PYTHON=...     the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))"
 
 .venv/core: requirements-core.txt
@@ -31,10 +35,12 @@ help:
 	@$(PIP) install --quiet -r requirements-core.txt
 	@touch $@
 
-.venv/installed: .venv/core requirements.txt requirements-libero.txt
-	@echo "installing requirements.txt and requirements-libero.txt into .venv, once"
+.venv/installed: .venv/core requirements.txt requirements-libero.txt requirements-calvin.txt
+	@echo "installing requirements.txt, requirements-libero.txt and requirements-calvin.txt into .venv, once"
 	@$(PIP) install --quiet -r requirements.txt
 	@$(PIP) install --quiet --no-deps -r requirements-libero.txt
+	@$(PIP) install --quiet --only-binary :all: -r requirements-calvin.txt || echo "CALVIN is left out: there is no" \
+		"pybullet for this Python; with a C++ compiler, .venv/bin/pip install -r requirements-calvin.txt makes one"
 	@touch $@
 
 install: .venv/installed
@@ -63,7 +69,9 @@ test-fast: .venv/installed
 
 demo: .venv/core
 	@set -e; folder=runs/demo-$$(date +%Y%m%d-%H%M%S); \
-	.venv/bin/python flow_sde_ppo.py --seed 1 --run-dir $$folder $(ARGS); \
+	echo "training in $(RANKS) processes, as there are cores (RANKS=1: in one)"; \
+	OMP_NUM_THREADS=1 .venv/bin/python -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) \
+		flow_sde_ppo.py --seed 1 --run-dir $$folder $(ARGS); \
 	run=$$(dirname $$folder/*/checkpoint); \
 	.venv/bin/python evaluate.py --checkpoints checkpoints/tabletop-sft $$run/checkpoint --labels SFT RL \
 		--stochastic --json $$run/evaluation.json --capture-video $$run/sft_rl.gif; \

@@ -15,11 +15,12 @@ The contract. A simulator is a class in a file of simulators/ and a line in SIMU
     __init__(env_id, obs_mode, protocol)
     prompts                      {task: instruction}
     action_dim                   D
-    max_episode_steps            the step limit under that protocol
+    max_episode_steps            the step limit under that protocol; it may grow within an episode
     num_eval_states              per task: the initial states 0, 1, ... are those of an evaluation
     train_states                 (low, high): training draws its initial states from these
     reset(task, state)           begins an episode: the index of a task, the number of an initial state
-    observe()                    {"images": (cams, H, W, 3) uint8, "state": (S,) float32}
+    observe()                    {"images": (cams, H, W, 3) uint8, "state": (S,) float32}; with "prompt" too,
+    more_prompts                 a list of all such, where an instruction is not always its task's
     step(action)                 (reward, success), for an action (D,) in [-1, 1]
     render(size)                 a picture for people, (size, size, 3) uint8
     expert_action()              optional: the action (D,) of a scripted expert
@@ -58,6 +59,7 @@ SIMULATORS = {  # what an env_id begins with: the class, imported when it is ask
     "libero": "simulators.libero:Libero",
     "maniskill_25": "simulators.put_on_plate:PutOnPlate",
     "maniskill": "simulators.maniskill:ManiSkill",
+    "calvin": "simulators.calvin:Calvin",
 }
 
 
@@ -112,7 +114,7 @@ class Block(gym.Env):
         self.simulators, self.record, self.frames = [], 0, []  # built when they are needed
         self.obs = {key: np.zeros(box.shape, box.dtype) for key, box in observation_space.items()}
         self.task, self.state, self.length = np.zeros((3, count), int)
-        self.alive = np.zeros(count, bool)
+        self.alive, self.prompt = np.zeros(count, bool), np.full(count, None)
 
     def _tell(self, row, error):  # with what is needed to meet it again
         where = f"task {self.task[row]}, initial state {self.state[row]}, step {self.length[row]}"
@@ -120,7 +122,7 @@ class Block(gym.Env):
 
     def _observe(self, row):
         for key, value in self.simulators[row].observe().items():
-            self.obs[key][row] = value
+            (self.prompt if key == "prompt" else self.obs[key])[row] = value
 
     def reset(self, *, seed=None, options=None):
         """Begins the episodes options["task"], options["state"] where options["begin"]; each (N,)."""
@@ -136,7 +138,7 @@ class Block(gym.Env):
                 self._observe(row)
             except Exception as error:
                 raise self._tell(row, error) from None
-        return self.obs, {}
+        return self.obs, {"prompt": self.prompt}
 
     def step(self, actions):
         """A chunk (count, C, D). Pictures for the policy are drawn once, after it."""
@@ -158,10 +160,10 @@ class Block(gym.Env):
             except Exception as error:
                 raise self._tell(row, error) from None
         self.frames = [[f[min(c, len(f) - 1)] for f in film] for c in range(actions.shape[1])]
-        truncated = self.alive & ~success & (self.length >= simulator.max_episode_steps)
+        truncated = self.alive & ~success & (self.length >= [s.max_episode_steps for s in self.simulators])
         self.alive &= ~(success | truncated)
         told = {"reward": reward, "terminated": success, "truncated": truncated, "length": self.length.copy()}
-        return self.obs, 0.0, False, False, told
+        return self.obs, 0.0, False, False, told | {"prompt": self.prompt}
 
     def expert_action(self):
         return np.stack([simulator.expert_action() for simulator in self.simulators])
@@ -170,11 +172,12 @@ class Block(gym.Env):
 def describe(build):
     """What has to be known before the processes begin."""
     simulator = build()
-    simulator.reset(0, 0)
     names = "prompts", "action_dim", "max_episode_steps", "num_eval_states", "train_states"
-    shapes = {key: value.shape for key, value in simulator.observe().items()}
     told = {name: getattr(simulator, name) for name in names}
-    return shapes | told | {"about": getattr(simulator, "about", "")}
+    simulator.reset(0, 0)
+    shapes = {key: value.shape for key, value in simulator.observe().items() if key != "prompt"}
+    optional = {"more_prompts": [], "about": ""}
+    return shapes | told | {name: getattr(simulator, name, usual) for name, usual in optional.items()}
 
 
 class Simulators(gym.vector.VectorEnv):
@@ -193,7 +196,7 @@ class Simulators(gym.vector.VectorEnv):
             advice = "" if isinstance(error, ValueError) else " (make install; as root, make apt; make check)"
             fail(f"{env_id}: {what}{advice}")
         self.max_episode_steps, self.train_states = told["max_episode_steps"], told["train_states"]
-        self.tasks, self.prompts = list(told["prompts"]), list(told["prompts"].values())
+        self.tasks, self.prompts = list(told["prompts"]), [*told["prompts"].values(), *told["more_prompts"]]
         self.about = told["about"]
         self.eval_states = told["num_eval_states"]  # per task
         self.num_eval_states = self.eval_states * len(self.tasks)
@@ -203,7 +206,8 @@ class Simulators(gym.vector.VectorEnv):
         self.single_observation_space = spaces.Dict({"images": images, "state": state})
         self.single_action_space = spaces.Box(-1, 1, (told["action_dim"],), np.float32)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        workers = max(n for n in range(1, len(os.sched_getaffinity(0)) + 1) if num_envs % n == 0)
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's ranks
+        workers = max(n for n in range(1, max(cores, 1) + 1) if num_envs % n == 0)
         size = num_envs // workers
         parts = batch_space(self.single_observation_space, size), batch_space(self.single_action_space, size)
         self.blocks = [functools.partial(Block, build, *parts, i, size) for i in range(workers)]
@@ -235,7 +239,7 @@ class Simulators(gym.vector.VectorEnv):
         self.task[rows], self.state[rows] = task, state
         self.length[rows], self.alive[rows], self.success[rows], self.returned[rows] = 0, True, False, 0
         options = {"begin": rows, "task": self.task, "state": self.state}
-        return self._observation(self._ask("reset", options=options)[0])
+        return self._observation(*self._ask("reset", options=options))
 
     def _ask(self, method, *args, **kwargs):
         """A method of all processes. If one breaks down, all are ended, and the run with them."""
@@ -252,9 +256,9 @@ class Simulators(gym.vector.VectorEnv):
                 self.on_failure()
             fail(f"{self.env_id} broke down, {what}")
 
-    def _observation(self, obs):
+    def _observation(self, obs, told):
         obs = {key: value.reshape(self.num_envs, *value.shape[2:]) for key, value in obs.items()}
-        return obs | {"prompt": [self.prompts[task] for task in self.task]}
+        return obs | {"prompt": [own or self.prompts[i] for own, i in zip(told["prompt"].flat, self.task)]}
 
     def step_chunk(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         """Executes actions (N, C, D) in turn; an environment whose episode ends midway ignores the rest."""
@@ -269,7 +273,7 @@ class Simulators(gym.vector.VectorEnv):
             self._ask("set_attr", "record", counts)
             self.recorded = self.record
         obs, _, _, _, told = self._ask("step", actions.reshape(-1, size, *actions.shape[1:]))
-        obs, names = self._observation(obs), ("reward", "terminated", "truncated", "length")
+        obs, names = self._observation(obs, told), ("reward", "terminated", "truncated", "length")
         told = [told[name].reshape(self.num_envs, *told[name].shape[2:]) for name in names]
         began, before, (reward, terminated, truncated, self.length) = self.alive.copy(), self.length, told
         self.returned += reward.sum(axis=1)

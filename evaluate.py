@@ -3,7 +3,8 @@
 A policy is evaluated by the ODE (Eq. 6): a chunk starts from seeded noise A^0 and nothing else is random.
 On LIBERO these are its 500 initial states, on MetaWorld 50 seeds a task (MT50, ML45: 10), of which Table 4's
 classes are reported too, on SIMPLER every layout, on put-on-plate about 320 episodes, as many of each
-instruction.
+instruction, on CALVIN 1,000 chains of instructions: len-k is the share with at least k solved in a row, and
+their sum the average length.
 With `--stochastic` the same states are also played with the noise that RL explores with; the difference is
 the train-eval gap of the paper's Table 6, and a row says how wide that noise is (`spreads`).
 Every state is one episode; success at any step of it is success.
@@ -34,6 +35,7 @@ from envs import make_envs, write_gif
 from flags import fail
 from flow_sde_ppo import Agent, evaluate
 from pi_models import load_policy
+from simulators.calvin import chain_limit
 from simulators.metaworld import METAWORLD
 
 
@@ -92,6 +94,8 @@ def sampler(args, checkpoint, policy):
                 told = dict(json.loads(file.read_text()))
             except (ValueError, TypeError) as error:
                 fail(f"{file} cannot be read: {error}")
+            if "logprob_reduction" in told:  # Flow-Noise, which has noise in every step
+                told |= {"mdp": "two-layer", "noisy_last_step": True}
             told = {name: told[name] for name in SAMPLER if name in told}
             for name, value in told.items():
                 if type(value) is not type(chosen[name]):
@@ -155,7 +159,10 @@ def spreads(agent, envs):
 
 
 def summarize(runs, expert, tasks):
-    """What is reported of results of `evaluate`, one a seed, and of the expert's lengths (tasks, states)."""
+    """What is reported of results of `evaluate`, one a seed, and of the expert's lengths (tasks, states).
+
+    A run of chains also has "solved": how many instructions of each.
+    """
     success, length, task = (np.concatenate([r[key] for r in runs]) for key in ("success", "length", "task"))
     lengths = None if expert is None else np.tile(expert.T.flatten(), len(runs))  # in the order of `evaluate`
 
@@ -166,6 +173,9 @@ def summarize(runs, expert, tasks):
     for name in ("easy", "medium", "hard", "very hard") if len(tasks) > 1 else ():
         chosen = [i for i, t in enumerate(tasks) if METAWORLD.get(t, {}).get("difficulty") == name]
         classes |= {name: count(success[np.isin(task, chosen)])} if chosen else {}
+    solved = np.concatenate([r["solved"] for r in runs]) if "solved" in runs[0] else None
+    if solved is not None:
+        classes = {f"len-{k}": count(solved >= k) for k in range(1, 6)}
     return count(success) | {
         "interval": wilson(int(success.sum()), success.size),
         "length": float(length[success].mean()) if success.any() else None,  # of the successful episodes
@@ -173,6 +183,7 @@ def summarize(runs, expert, tasks):
         "expert_length": float(lengths[success].mean()) if expert is not None and success.any() else None,
         "tasks": {name: count(success[task == i]) for i, name in enumerate(tasks)},
         "classes": classes,
+        "chain_length": None if solved is None else float(solved.mean()),
     }
 
 
@@ -194,6 +205,8 @@ def markdown(report):
     rows.append(("95% interval", "", *("{:.1%} to {:.1%}".format(*r["interval"]) for r in results)))
     for name, key in ("length of successes", "length"), ("expert's, same states", "expert_length"):
         rows.append((name, "", *(steps(r[key]) for r in results)))
+    if p.get("chain_limit"):
+        rows.append(("average length of chains", "", *(f"{r['chain_length']:.3f}" for r in results)))
     if p["stochastic"]:
         rows.append(("spread (ODE: over A^0, else given it)", "", *(f"{r['spread']:.2f}" for r in results)))
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -209,10 +222,11 @@ def markdown(report):
             how += f" and with noise ({x['mdp']}, {level})"
         played.setdefault(how, []).append(result["name"].removesuffix(", ODE"))
     played = [how if len(played) == 1 else f"{how} ({', '.join(who)})" for how, who in played.items()]
+    limit = p.get("chain_limit") or f"{p['max_episode_steps']} steps ({p['eval_protocol']}'s limit)"
     about = f"{p['env_id']} ({p['about']})" if p.get("about") else p["env_id"]
     return (
         f"{table}\n\nProtocol: {about}, {p['obs_mode']} observations, {p['num_states']} fixed states, "
-        f"at most {p['max_episode_steps']} steps ({p['eval_protocol']}'s limit), {'; '.join(played)}, "
+        f"at most {limit}, {'; '.join(played)}, "
         f"evaluation seed {', '.join(map(str, p['seeds']))}, torch {p['torch']}."
     )
 
@@ -298,7 +312,11 @@ def main(args):
             name = f"{label}, {kind}" if args.stochastic else label
             print(f"evaluating {name}: {num_states} episodes, seeds {args.seeds}", flush=True)
             record = shown[-1] + 1 if gif and ode else 0
-            runs = [evaluate(agent, envs, ode, seed, 0 if i else record) for i, seed in enumerate(args.seeds)]
+            runs = []
+            for i, seed in enumerate(args.seeds):
+                runs.append(evaluate(agent, envs, ode, seed, 0 if i else record))
+                if chain_limit(args.env_id):
+                    runs[-1]["solved"] = runs[-1]["return"].astype(int)
             summary = summarize(runs, expert, envs.tasks)
             told = {"name": name, "checkpoint": checkpoint, "deterministic": ode, "spread": wide[not ode]}
             results.append(told | played | summary)
@@ -310,7 +328,8 @@ def main(args):
 
     # -- results
     protocol = {**asdict(args), "num_states": num_states, "max_episode_steps": envs.max_episode_steps}
-    protocol |= {"about": getattr(envs, "about", ""), "torch": torch.__version__}
+    protocol |= {"chain_limit": chain_limit(args.env_id), "about": getattr(envs, "about", "")}
+    protocol["torch"] = torch.__version__
     envs.close()
     means = [None] * len(envs.tasks) if expert is None else expert.mean(axis=1).tolist()
     expert_length = dict(zip(envs.tasks, means))

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import math
+import os
 import re
 import shlex
 import sys
@@ -14,7 +15,8 @@ from typing import Annotated, TypedDict
 
 def fail(message: str):
     """A user's mistake: one line on stderr and exit code 2, never a traceback."""
-    print(f"error: {message}", file=sys.stderr)
+    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"error{rank}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -91,7 +93,9 @@ def parse(args_class, defaults, command=None):
 
 def as_command(script, args):
     """The command that runs a script with these Args, whatever its defaults are."""
-    words = ["python", script]
+    ranks = os.environ.get("WORLD_SIZE", "1")  # told by torchrun
+    words = ["python"] if ranks == "1" else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+    words.append(script)
     for name, value in dataclasses.asdict(args).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):

@@ -5,7 +5,8 @@ deterministic, and PPO needs a stochastic policy with a known log-probability. S
 
 1. the ODE is replaced by an SDE with the same marginals, whose steps are Gaussians (`transition`, Eq. 9);
 2. a denoise step becomes a decision of the MDP, denoising inside, the environment outside (4.2.2);
-3. one random step per chunk is enough: the others stay ODE steps and belong to the environment (4.2.3).
+3. not every step has to be noisy: here the last is not, whose noise teaches nothing (docs/math.md, 6); in
+   `--mdp hybrid` one random step per chunk is (4.2.3). The others are ODE steps, part of the environment.
 
 From there on it is GRPO: an episode's chunks share its advantage over others from the same state (Eq. 17).
 
@@ -14,12 +15,11 @@ Departures from the paper, explained in docs/:
 2. Eq. 17 divides by zero where a whole group succeeds or fails: there is an epsilon, the group is masked.
 3. Every episode has the same weight, shared among its chunks; else failures, being long, would have more.
 
-    python flow_sde_grpo.py    # on a laptop's CPU, minutes; on one GPU: --device cuda --num-envs 1024
+    python flow_sde_grpo.py    # on a laptop's CPU, minutes; on both cores, or on several GPUs:
+    # torchrun --standalone --nproc_per_node=2 ...; on one GPU: --device cuda --num-envs 1024
 """
 
 import copy
-import csv
-import json
 import math
 import os
 import time
@@ -31,14 +31,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn as nn
-from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from envs import make_envs, select_rows, write_gif
-from flags import as_command, check_ranges, fail, paper_row, parse
+from flags import check_ranges, fail, paper_row, parse
 from pi_models import Policy, Prefix, load_policy, save_policy
+from ranks import add_gradients, gather, join
+from runs import Run
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Args:
     checkpoint: str = "checkpoints/tabletop-sft"  # policy to start from: a folder, a hub id, or "tiny"
     obs_mode: Literal["rgb", "fast", "state"] = "rgb"  # fast: no shadows; state: numbers, no pictures
     eval_protocol: Literal["paper", "openpi"] = "paper"  # whose step limits
-    num_envs: int = 256  # parallel environments
+    num_envs: int = 256  # parallel environments, of all ranks together
     num_steps: int = 8  # action chunks per environment and iteration
     chunk_len: int = 5  # actions executed per chunk, at most the policy's horizon
     total_timesteps: int = 800_000  # environment steps, not chunks; the last iteration reaches them
@@ -70,8 +69,8 @@ class Args:
     learning_rate: float = 3e-4  # of the action expert
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at zero
     lr_warmup: int = 0  # first iterations of the actor in which its learning rate rises
-    update_epochs: int = 4  # passes over the batch
-    num_minibatches: int = 2  # optimiser steps per pass
+    update_epochs: int = 2  # passes over the batch
+    num_minibatches: int = 4  # optimiser steps per pass
     micro_batch_size: int = 256  # chunks per backward pass, accumulated over a minibatch; 0: all at once
     clip_coef: float = 0.2  # clipping of the ratio; with a critic, of the value's change too
     max_grad_norm: float = 0.5  # gradient norm limit; actor and critic each have it
@@ -83,12 +82,12 @@ class Args:
     # algorithm
     denoise_steps: int = 4  # K, integration steps from noise to action
     noise: Literal["sde", "learned"] = "sde"  # of a denoise step: the SDE's (Eq. 9) or a noise head's
-    noise_level: float = 1.0  # a, the scale of the SDE's noise (Eq. 9)
+    noise_level: float = 0.7  # a, the scale of the SDE's noise (Eq. 9)
     noise_std_min: float = 0.2  # least standard deviation of the learned noise
     noise_std_max: float = 0.6  # greatest standard deviation of the learned noise
     sde_solver: Literal["euler", "cps", "exponential"] = "euler"  # of the SDE's step, see `transition`
-    noisy_last_step: bool = True  # the last denoise step may be noisy, as in the paper; else it is the ODE's
-    mdp: Literal["hybrid", "two-layer"] = "hybrid"  # one random denoise step decides (4.2.3), or all
+    noisy_last_step: bool = False  # the last denoise step may be noisy, as in the paper; else it is the ODE's
+    mdp: Literal["hybrid", "two-layer"] = "two-layer"  # one random denoise step decides (4.2.3), or all
     group_size: int = 8  # episodes from one initial state, which are compared (Eq. 17)
     kl_coef: float = 0.0  # weight of the KL divergence from the policy at the start
 
@@ -253,7 +252,7 @@ def compute_advantages(rewards: Tensor, alive: Tensor, group_size: int, eps=1e-6
     masked = (returns == returns[:, :1]).all(dim=1)  # nothing to compare, whatever the rounding says
     advantages[masked] = 0
     chunks = alive.sum(dim=0).float().view(-1, group_size)  # an episode's advantage is shared among so many
-    advantages = advantages * chunks[~masked].mean().nan_to_num() / chunks
+    advantages = advantages * torch.cat(gather(chunks[~masked])).mean().nan_to_num() / chunks
     return advantages.flatten().expand_as(rewards)[..., None]  # (T, N, 1)
 
 
@@ -263,13 +262,14 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
     inputs = {name: field.flatten(0, 1) for name, field in batch.inputs.items()}
     alive = batch.alive.flatten().nonzero().squeeze(1)
-    clip, logs = args.clip_coef, []
+    clip, logs, num_alive = args.clip_coef, [], sum(gather(len(alive)))
     for _ in range(args.update_epochs):
         order = alive[torch.randperm(len(alive), generator=generator, device=alive.device)]
         epoch_kl = 0.0
-        for minibatch in order.tensor_split(min(args.num_minibatches, len(order))):
+        for minibatch in order.tensor_split(min(args.num_minibatches, num_alive)):
             optimizer.zero_grad()
-            for rows in minibatch.split(args.micro_batch_size or len(minibatch)):
+            size = sum(gather(len(minibatch)))  # over all ranks; this one may have none
+            for rows in filter(len, minibatch.split(args.micro_batch_size or len(order))):
                 seen = agent.policy.encode({name: field[rows] for name, field in inputs.items()})
                 advantage = advantages[rows]
                 logprob, entropy, std = agent.evaluate_actions(seen, chain[rows], denoise_idx[rows])
@@ -284,34 +284,37 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
                     start, *_ = agent.reference.evaluate_actions(seen, chain[rows], denoise_idx[rows])
                 kl = (start - logprob).exp() - 1 - (start - logprob)  # GRPO's own estimate, never negative
                 loss = policy_loss + args.kl_coef * kl.mean()
-                (loss * len(rows) / len(minibatch)).backward()
+                (loss * len(rows) / size).backward()
                 terms = {"losses/policy_loss": policy_loss, "losses/entropy": entropy, "flow/std_mean": std}
                 terms |= {"losses/approx_kl": approx_kl, "losses/clipfrac": clipfrac}
                 terms |= {"losses/reference_kl": kl}
                 logs.append((len(rows), {name: term.mean().item() for name, term in terms.items()}))
-                epoch_kl += approx_kl.detach().mean() * len(rows) / len(alive)
-            groups = (group["params"] for group in optimizer.param_groups)
+                epoch_kl += approx_kl.detach().mean().item() * len(rows) / num_alive
+            groups = [group["params"] for group in optimizer.param_groups]
+            add_gradients(sum(groups, []))
             grad_norm, *_ = [nn.utils.clip_grad_norm_(group, args.max_grad_norm) for group in groups]
             optimizer.step()
-        if args.target_kl is not None and epoch_kl > args.target_kl:
+        if args.target_kl is not None and sum(gather(epoch_kl)) > args.target_kl:
             break
+    logs = sum(gather(logs), [])
     count = sum(n for n, _ in logs)
-    metrics = {name: sum(n * log[name] for n, log in logs) / count for name in terms}
+    metrics = {name: sum(n * log[name] for n, log in logs) / count for name in logs[0][1]}
     return metrics | {"flow/grad_norm": grad_norm.item()}
 
 
 @torch.no_grad()
-def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
-    """One episode from each fixed evaluation state, by the ODE: success, length, task (M,) and frames."""
+def evaluate(agent, envs, deterministic=True, seed=0, record=0, rank=0, ranks=1) -> dict:
+    """One episode from each fixed evaluation state, by the ODE: success, length, return, task, frames."""
     device, c = agent.policy.device, agent.policy.config
     generator = torch.Generator(device)
     states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
-    results, frames = [], []
-    for start in range(0, len(states), envs.num_envs):
-        chosen = states[start : start + envs.num_envs]
+    share, results, frames = np.array_split(np.arange(len(states)), ranks)[rank], [], []
+    for start in range(0, len(share), envs.num_envs):
+        turn = share[start : start + envs.num_envs]
+        chosen = states[turn]
         obs, _ = envs.reset(options={"eval_states": np.resize(chosen, envs.num_envs)})
         alive = np.arange(envs.num_envs) < len(chosen)  # the last round may have environments to spare
-        success, length = np.zeros((2, envs.num_envs), int)
+        success, length, returned = np.zeros((3, envs.num_envs))
         envs.record = record if start == 0 else 0
         while alive.any():
             rows = np.flatnonzero(alive)
@@ -320,16 +323,18 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0) -> dict:
             # A^0 depends on seed, state and step alone: policies are compared on the same noise
             generator.manual_seed(1000 * seed + int(length[rows[0]]))
             noise = torch.randn((len(states), c.horizon, c.action_dim), generator=generator, device=device)
-            chain, _, _ = agent.act(prefix, generator, deterministic, noise[start + rows])
+            chain, _, _ = agent.act(prefix, generator, deterministic, noise[turn[rows]])
             actions = np.zeros((envs.num_envs, agent.chunk_len, agent.action_dim), np.float32)
             actions[rows] = agent.policy.postprocess(chain[:, -1], seen)[:, : agent.chunk_len]
             obs, _, terminated, truncated, info = envs.step_chunk(actions)
             success[rows], length[rows] = info["success"][rows], info["episode_length"][rows]
+            returned[rows] = info["episode_return"][rows]
             alive &= ~(terminated | truncated)
             frames += info.get("frames", [])
-        results.append(np.stack([success, length, info["task"]])[:, : len(chosen)])
-    success, length, task = np.concatenate(results, axis=1)  # (M,) each
-    return {"success": success.astype(bool), "length": length, "task": task, "frames": frames}
+        results.append(np.stack([success, length, returned, info["task"]])[:, : len(chosen)])
+    success, length, returned, task = np.concatenate(sum(gather(results), []), axis=1)  # (M,) each
+    result = {"success": success.astype(bool), "length": length.astype(int), "return": returned}
+    return result | {"task": task.astype(int), "frames": frames}
 
 
 def check(args: Args):
@@ -354,12 +359,15 @@ def check(args: Args):
 def main(args: Args):
     check(args)
 
-    # -- environments, policy, optimiser
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    # -- ranks, environments, policy, optimiser
+    rank, ranks, device = join(args.device)
+    if args.num_envs % ranks:
+        fail(f"--num-envs {args.num_envs} cannot be dealt to {ranks} ranks")
+    num_envs, seed = args.num_envs // ranks, args.seed + 1_000_003 * rank  # this rank's
     torch.set_num_threads(args.num_threads)
     mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol}
-    envs = make_envs(args.env_id, args.num_envs, args.seed, False, args.group_size, **mode)
-    eval_envs = make_envs(args.env_id, envs.num_eval_envs, args.seed, False, **mode)
+    envs = make_envs(args.env_id, num_envs, seed, False, args.group_size, **mode)
+    eval_envs = make_envs(args.env_id, envs.num_eval_envs, seed, False, **mode)
     if args.num_steps * args.chunk_len < envs.max_episode_steps:
         fail(f"--num-steps {args.num_steps}: too few for a whole episode, {envs.max_episode_steps} steps")
     torch.manual_seed(args.seed)  # initial weights of the heads
@@ -382,43 +390,29 @@ def main(args: Args):
     optimizer = torch.optim.AdamW([{"params": group} for group in parameters], eps=1e-5, weight_decay=0.01)
 
     # -- where the results go
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    folder = os.path.join(args.run_dir, run_name)
-    try:
-        os.makedirs(folder)
-        with open(os.path.join(folder, "args.json"), "w") as file:
-            print(json.dumps(asdict(args), indent=1), file=file)
-    except OSError as error:
-        fail(f"--run-dir {args.run_dir} cannot be written: {error.strerror}")
-    if args.track:
-        import wandb
-
-        os.environ.setdefault("WANDB_PROJECT", "piRL")
-        wandb.init(name=run_name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(folder)
-    print(as_command(os.path.basename(__file__), args))
-    iteration, global_step, curve = 0, 0, []
+    run, iteration, global_step = Run(__file__, args, rank), 0, 0
 
     def save():
-        card = f"# {run_name}\n\nFrom {args.checkpoint}, {global_step} steps, see args.json.\n"
-        save_policy(policy, f"{folder}/checkpoint", card, asdict(args))
+        card = f"# {run.name}\n\nFrom {args.checkpoint}, {global_step} steps, see args.json.\n"
+        save_policy(policy, f"{run.folder}/checkpoint", card, asdict(args))
 
     def log_evaluation():
-        result = evaluate(agent, eval_envs, record=6 if args.capture_video else 0)
+        result = evaluate(agent, eval_envs, record=6 * args.capture_video, rank=rank, ranks=ranks)
         eval_envs.close()  # ends its processes until the next evaluation
-        if args.capture_video:
+        if args.capture_video and rank == 0:
             frames = [np.hstack(frame) for frame in result["frames"]]
-            write_gif(f"{folder}/eval_{global_step}.gif", frames, "   |   ".join(eval_envs.prompts[:6]))
+            write_gif(f"{run.folder}/eval_{global_step}.gif", frames, "   |   ".join(eval_envs.prompts[:6]))
+        run.evaluations.append((global_step, result["success"].mean()))
         return result["success"].mean()
 
     # -- separate generators: the environment's own, policy noise, minibatches, and a fixed one in evaluate
-    policy_rng, shuffle_rng = (torch.Generator(device).manual_seed(2 * args.seed + i) for i in range(2))
+    policy_rng, shuffle_rng = (torch.Generator(device).manual_seed(2 * seed + i) for i in range(2))
     envs.on_failure = save if args.save_model else None  # when a simulator breaks down
     obs, _ = envs.reset()
     seen = obs, *agent.encode(obs)
 
     def storage(*shape, dtype=torch.float32):
-        return torch.zeros((args.num_steps, args.num_envs, *shape), dtype=dtype, device=device)
+        return torch.zeros((args.num_steps, num_envs, *shape), dtype=dtype, device=device)
 
     S, c = agent.num_decisions, policy.config
     batch = SimpleNamespace(
@@ -431,9 +425,6 @@ def main(args: Args):
     )
     success_once = episodic_return = episodic_length = float("nan")
     success_rate = log_evaluation() if args.eval_freq >= 0 else float("nan")
-    evaluations = [(0, success_rate)]
-    table = csv.writer(open(f"{folder}/metrics.csv", "w", buffering=1))
-    progress = tqdm(total=args.total_timesteps, unit="step", unit_scale=True)
     while global_step < args.total_timesteps:
         began, iteration = now(policy.device), iteration + 1
         rise = min(iteration / (args.lr_warmup + 1), 1)
@@ -447,18 +438,20 @@ def main(args: Args):
         rolled = now(policy.device)
         batch.advantages = compute_advantages(batch.reward, batch.alive, args.group_size)
         differ = batch.advantages[..., 0] != 0
-        batch.alive &= differ | ~differ.any()  # an episode without an advantage teaches nothing
+        if any(gather(differ.any().item())):  # an episode without an advantage teaches nothing
+            batch.alive &= differ
         metrics = update(agent, optimizer, batch, args, shuffle_rng)
-        solved = batch.terminated.any(dim=0).view(-1, args.group_size)  # (G, group_size)
-        updated = now(policy.device)
-        global_step += steps
         metrics["flow/exploration"] = agent.exploration(seen[1][:64], torch.Generator(device).manual_seed(0))
+        updated = now(policy.device)
+        episodes, steps = sum(gather(episodes), []), sum(gather(steps))
+        global_step += steps
 
         # -- logs, evaluation, checkpoint
         if episodes:
             success_once, episodic_return, episodic_length = np.mean(episodes, axis=0)
         charts = {"success_once": success_once, "episodic_return": episodic_return}  # with exploration noise
         charts |= {"episodic_length": episodic_length, "learning_rate": optimizer.param_groups[0]["lr"]}
+        solved = torch.cat(gather(batch.terminated.any(dim=0))).view(-1, args.group_size)  # (G, group_size)
         charts |= {"groups_all_solved": solved.all(dim=1).sum().item()}  # these and
         charts |= {"groups_none_solved": (~solved.any(dim=1)).sum().item()}  # these are masked
         charts["SPS"] = steps / (updated - began)
@@ -467,29 +460,12 @@ def main(args: Args):
         last = global_step >= args.total_timesteps
         if (last and args.eval_freq >= 0) or (args.eval_freq > 0 and iteration % args.eval_freq == 0):
             success_rate = log_evaluation()
-            evaluations.append((global_step, success_rate))
         metrics["eval/success_rate"] = success_rate  # the latest
-        curve.append((global_step, success_once))
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, global_step)
-        if iteration == 1:
-            table.writerow(["iteration", "global_step", *metrics])
-        table.writerow([iteration, global_step, *metrics.values()])
-        if args.save_model and (last or iteration % args.save_freq == 0):
+        run.log(iteration, global_step, metrics)
+        if args.save_model and rank == 0 and (last or iteration % args.save_freq == 0):
             save()
-        progress.set_postfix_str(f"it {iteration}, success {success_once:.3f}, eval {success_rate:.3f}")
-        progress.update(steps)
-    for open_one in (progress, writer, envs):
-        open_one.close()
-    axes = Figure(figsize=(7, 4)).subplots()
-    axes.plot(*zip(*curve), alpha=0.5, lw=1, label="training episodes (with exploration noise)")
-    axes.plot(*zip(*evaluations), "o-", color="C0", ms=4, label="evaluation (ODE, fixed states)")
-    title = f"{__doc__.split(':')[0]} on {args.env_id}, seed {args.seed}"
-    axes.set(xlabel="environment steps", ylabel="success rate", ylim=(0, 1), title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    axes.figure.savefig(f"{folder}/learning_curve.png", dpi=120, bbox_inches="tight")
-    print(f"success {evaluations[0][1]:.3f} -> {success_rate:.3f}; results in {folder}")
+    envs.close()
+    run.close(__doc__.split(":")[0])
 
 
 if __name__ == "__main__":

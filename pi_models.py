@@ -38,7 +38,7 @@ from flags import fail
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 STATISTICS = {"pi0": ("mean", "std"), "pi05": ("q01", "q99"), "gr00t": ("min", "max")}  # that normalise
-TOKENIZERS = {"paligemma": "google/paligemma-3b-pt-224", "qwen3": "Qwen/Qwen3-1.7B"}
+TOKENIZERS = {"paligemma": "google/paligemma-3b-pt-224", "qwen3": "Qwen/Qwen3-1.7B", "words": "tiny"}
 
 
 @dataclass
@@ -64,7 +64,7 @@ class PiConfig:
     state_dim: int = 32
     horizon: int = 50
     max_token_len: int = 48
-    tokenizer: str = "paligemma"  # or "bytes": one token a byte, nothing to download
+    tokenizer: str = "paligemma"  # or "words": the small one of checkpoints/tiny
     state_in_prompt: bool = False  # lerobot's pi0.5 reads the state as words
     delta_actions: int = 0  # so many of the first dimensions are relative to the state; 6 in pi0_libero
     critic: str = ""  # "expert", "vlm", or none yet
@@ -75,11 +75,11 @@ class PiConfig:
     lora_alpha: int = 0
 
 
-# The laptop's pi0: the same classes, small numbers. A picture is 16 patches and a byte is a token.
+# The laptop's pi0: the same classes, small numbers. A picture is 16 patches and a word is a token.
 TINY = PiConfig(
     image_size=32, patch_size=8, vision_width=96, vision_mlp=192, vision_depth=4, vision_heads=4,
-    width=64, mlp=128, depth=4, heads=4, head_dim=32, vocab_size=257, expert_width=64, expert_mlp=128,
-    action_dim=4, state_dim=4, horizon=5, tokenizer="bytes",
+    width=64, mlp=128, depth=4, heads=4, head_dim=32, vocab_size=229, expert_width=64, expert_mlp=128,
+    action_dim=4, state_dim=4, horizon=5, tokenizer="words",
 )  # fmt: skip  # sizes in rows
 
 
@@ -365,8 +365,6 @@ class Policy(nn.Module):
             padded = [*state, *[0] * (self.config.state_dim - len(state))]
             bins = np.digitize(padded, np.linspace(-1, 1, 257)[:-1]) - 1
             text, end = f"Task: {text}, State: {' '.join(map(str, bins))};\nAction: ", ""
-        if self.config.tokenizer == "bytes":
-            return [256, *text.encode(), *end.encode()]
         words = (self.tokenizer().encode(part, add_special_tokens=False).ids for part in (text, end))
         return [2, *(token for part in words for token in part)]  # 2: BOS
 
@@ -489,7 +487,7 @@ class Policy(nn.Module):
         half = prefix.kv.dtype == torch.bfloat16  # then the expert computes in it too, from fp32 weights
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             features, _ = gemma(self.expert, suffix, positions, mask, prefix.kv, condition=condition)
-        features = features.float().view(N, T, -1)[:, T - H :]
+        features = features.to(x.dtype).view(N, T, -1)[:, T - H :]
         return -self.action_out_proj(features), features  # and the checkpoints' sign
 
     def take(self, tensors, told):
@@ -697,9 +695,8 @@ def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
         absent = [f"{s} of {key}" for key, s in wanted if s not in stats.get(key, {})]
         if absent:
             raise ValueError(f"has no {', '.join(absent)}: copy the {family.STATS} of its data there")
-        large = sum(tensor.numel() for tensor in tensors.values()) > 1e8
-        with parameters_on_meta() if large else contextlib.nullcontext():  # small ones draw initial values,
-            policy = family.Policy(config, stats)  # as they did when the shipped policy was made
+        with parameters_on_meta():
+            policy = family.Policy(config, stats)
         tensors = policy.take(tensors, told)
     except KeyError as error:
         fail(f"checkpoint '{path_or_name}' is {family.NEITHER}: missing {family.their_key(error.args[0])}")

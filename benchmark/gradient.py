@@ -88,7 +88,8 @@ def signal_and_variance(g):
 def main(args):
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    flags = flow_sde_ppo.Args(checkpoint=args.checkpoint)
+    every_step = dict(mdp="hybrid", noisy_last_step=True, noise_level=1.0)
+    flags = flow_sde_ppo.Args(checkpoint=args.checkpoint, **every_step)
     envs = make_envs("tabletop", flags.num_envs, args.seed)
     policy = load_policy(args.checkpoint, "cpu")
     policy.fit_prompts(envs.prompts)

@@ -81,10 +81,11 @@ def main(args):
     torch.set_num_threads(args.num_threads)
     prefix = observe(args)
     updates = {
-        "Flow-SDE PPO, hybrid": prepare(flow_sde_ppo, args, prefix),
-        "Flow-SDE PPO, two-layer": prepare(flow_sde_ppo, args, prefix, mdp="two-layer"),
+        "Flow-SDE PPO, hybrid": prepare(flow_sde_ppo, args, prefix, mdp="hybrid"),
+        "Flow-SDE PPO, two-layer": prepare(flow_sde_ppo, args, prefix, noisy_last_step=True),
+        "Flow-SDE PPO, all steps but the last (default)": prepare(flow_sde_ppo, args, prefix),
         "Flow-Noise PPO, one-layer": prepare(flow_noise_ppo, args, prefix),
-        "Flow-SDE GRPO, hybrid": prepare(flow_sde_grpo, args, prefix),
+        "Flow-SDE GRPO, all steps but the last (default)": prepare(flow_sde_grpo, args, prefix),
     }
     seconds = {name: [] for name in updates}
     for i in range(1 + args.rounds):

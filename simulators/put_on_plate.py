@@ -2,8 +2,7 @@
 
 A WidowX arm, as in SIMPLER, before a photograph of a table: it has to grasp the object of its instruction and
 put it on the receptacle. Training has 16 objects, 17 receptacles, 16 scenes, 4,352 combinations; each of the
-twelve variants changes one thing that training never showed. RL4VLA made the benchmark, RLinf's version of it
-gave the paper's numbers.
+twelve variants changes one thing that training never showed. RL4VLA's; the paper's numbers are by RLinf's.
 
     state    six joints, two fingers
     action   motion (3), rotation (3), gripper (1): above 0.5 opens, otherwise closes

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from envs import make_envs
-from pi_models import TINY, Policy
+from pi_models import CHECKPOINTS, TINY, Policy
 
 os.environ.setdefault("MUJOCO_GL", "egl" if find_library("EGL") else "osmesa")  # before MuJoCo is imported
 torch.set_num_threads(1)  # at these sizes a second thread only waits for the first
@@ -23,6 +23,9 @@ STATS = {
 }
 for part in STATS.values():  # of pi0.5; not symmetric about the mean
     part["q01"], part["q99"] = ([m + w * s for m, s in zip(part["mean"], part["std"])] for w in (-2.1, 1.9))
+
+# where every denoise step may be noisy and one decides, and two optimiser steps a pass: the paper's sampling
+HYBRID = dict(mdp="hybrid", noisy_last_step=True, noise_level=1.0, update_epochs=4, num_minibatches=2)
 
 
 def pytest_configure(config):
@@ -34,6 +37,7 @@ def make_policy(critic="", critic_layers=2, seed=0, **sizes):
     torch.manual_seed(seed)
     sizes = dict(vision_depth=1, depth=2) | sizes
     policy = Policy(dataclasses.replace(TINY, critic=critic, critic_layers=critic_layers, **sizes), STATS)
+    policy.tokenizer_json = (CHECKPOINTS / "tiny/tokenizer.json").read_text()
     if critic:
         for parameter in policy.value_head.parameters():
             torch.nn.init.normal_(parameter, std=0.2)

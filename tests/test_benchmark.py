@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import HYBRID
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
@@ -261,7 +262,7 @@ def test_parts_of_the_gradient_are_the_policy_loss_s():
     """Summed over steps they are autograd's of Eq. 14 at ratio 1; without an action, of the others' sum."""
     torch.manual_seed(0)
     policy = load_policy("checkpoints/tabletop-sft")
-    flags = flow_sde_ppo.Args()
+    flags = flow_sde_ppo.Args(**HYBRID)
     policy.set_trained("expert", 1, 1)
     agent = flow_sde_ppo.Agent(policy, flags)
     obs, _ = make_envs("tabletop", 16, 0).reset()

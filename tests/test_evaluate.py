@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import HYBRID
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -15,7 +16,7 @@ import evaluate as script
 import flow_sde_ppo
 from envs import make_envs
 from evaluate import Args, main, markdown, play_expert, summarize, wilson
-from pi_models import TINY, Policy, load_policy, save_policy
+from pi_models import CHECKPOINTS, TINY, Policy, load_policy, save_policy
 from simulators import tabletop
 
 torch.set_num_threads(1)
@@ -27,7 +28,9 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("untrained") / "checkpoint"
     stats = {key: {"mean": [0.0] * size, "std": [1.0] * size} for key, size in (("state", 4), ("actions", 3))}
-    save_policy(Policy(TINY, stats), folder)
+    policy = Policy(TINY, stats)
+    policy.tokenizer_json = (CHECKPOINTS / "tiny/tokenizer.json").read_text()
+    save_policy(policy, folder)
     return str(folder)
 
 
@@ -156,8 +159,8 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
             assert result["tasks"][task] == {"success_rate": wins / 12, "successes": wins, "episodes": 12}
             assert table[task][0] == f"{expert[i].mean():.1f}"
     assert "Protocol: tabletop, rgb observations, 60 fixed states, at most 40 steps (paper's limit), " in out
-    assert "chunks of 5, K = 4 (defaults for tabletop), deterministic ODE and with noise (hybrid, " in out
-    assert "euler, level 1.0), evaluation seed 3, 4, torch " + torch.__version__ in out
+    assert "chunks of 5, K = 4 (defaults for tabletop), deterministic ODE and with noise (two-layer, " in out
+    assert "euler, level 0.7), evaluation seed 3, 4, torch " + torch.__version__ in out
     protocol = {"env_id": "tabletop", "num_states": 60, "max_episode_steps": 40, "seeds": [3, 4]}
     assert protocol.items() <= report["protocol"].items()
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
@@ -278,7 +281,7 @@ def test_spread_of_a_flow_that_stands_still(changed, kept, variance, few_states,
     envs = make_envs("tabletop", 60, 0, partial_reset=False)
     policy = load_policy(checkpoint)
     monkeypatch.setattr(policy, "velocity", lambda prefix, x, tau: (torch.zeros_like(x), None))
-    ode, noisy = script.spreads(script.Agent(policy, flow_sde_ppo.Args(**changed)), envs)
+    ode, noisy = script.spreads(script.Agent(policy, flow_sde_ppo.Args(**HYBRID | changed)), envs)
     assert ode == pytest.approx(1, rel=0.08)
     assert noisy == pytest.approx(math.sqrt(np.mean(variance) + np.var(kept)), rel=0.1)
 

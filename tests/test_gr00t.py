@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import observe, wrapped
+from conftest import HYBRID, observe, wrapped
 from safetensors.torch import load_file, save_file
 from test_models import close, truncate
 from test_scripts import train
@@ -208,7 +208,9 @@ def check_log_prob():
     """RLinf's transitions of the two SDEs, and an agent's log-probability of steps drawn from them."""
     H, D, noise = SIZES["exec_steps"], SIZES["real_action_dim"], torch.Generator().manual_seed(0)
     for solver, name in (("euler", "flow_sde"), ("cps", "flow_cps")):
-        args = flow_sde_ppo.Args(chunk_len=H, denoise_steps=4, noise_level=0.5, sde_solver=solver)
+        args = flow_sde_ppo.Args(
+            **HYBRID | dict(chunk_len=H, denoise_steps=4, noise_level=0.5, sde_solver=solver)
+        )
         for policy, prefix, rows, io in each():
             agent = flow_sde_ppo.Agent(policy, args)
             for k in range(3 if solver == "cps" else 4):
@@ -616,7 +618,10 @@ def test_broken_buckets_are_caught(shift, monkeypatch):
 
 
 def options(script, **changed):
-    return dataclasses.replace(script.Args(), chunk_len=3, **changed)
+    return dataclasses.replace(
+        script.Args(),
+        **{k: v for k, v in HYBRID.items() if hasattr(script.Args, k)} | {"chunk_len": 3} | changed,
+    )
 
 
 def make_agent(script, **changed):

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import make_policy
+from conftest import HYBRID, make_policy
 from test_ppo import double, rollout, seeded  # noqa: F401
 from torch.distributions import Normal
 
@@ -140,7 +140,7 @@ def test_broken_advantages_are_caught(check, broken):
 
 def make_agent(noise=None):
     """With a reference whose expert is not quite the policy's, if there is to be noise."""
-    args = dataclasses.replace(Args(), chunk_len=3)
+    args = dataclasses.replace(Args(), **HYBRID | {"chunk_len": 3})
     agent = Agent(make_policy(), args)
     if noise is not None:
         agent.reference = Agent(copy.deepcopy(agent.policy).requires_grad_(False), args)
@@ -152,7 +152,7 @@ def make_agent(noise=None):
 def run_update(agent, batch, kind=torch.optim.SGD, rate=1.0, **changed):
     once = dict(update_epochs=1, num_minibatches=1, max_grad_norm=1e9) | changed
     optimizer = kind([{"params": agent.policy.actor_parameters()}], lr=rate)
-    return update(agent, optimizer, batch, dataclasses.replace(Args(), **once), seeded())
+    return update(agent, optimizer, batch, dataclasses.replace(Args(), **HYBRID | once), seeded())
 
 
 def vector(agent):

@@ -469,13 +469,15 @@ def test_images_of_the_right_size_are_only_rescaled():
 
 def test_state_and_tokens():
     policy = make_policy(state_dim=6, max_token_len=8)
+    number = json.loads(policy.tokenizer_json)["model"]["vocab"]
     state = np.array([[0.6, 0.4, 0.7, -1.0]], np.float32)
     inputs = policy.preprocess(
-        {"images": np.zeros((1, 1, 32, 32, 3), np.uint8), "state": state, "prompt": ["go!"]}
+        {"images": np.zeros((1, 1, 32, 32, 3), np.uint8), "state": state, "prompt": ["Put  us!"]}
     )
     close(inputs["state"], torch.tensor([[1.0, 1.0, 1.0, -1.0, 0.0, 0.0]]), 1e-5)  # (x - mean) / std, padded
-    assert inputs["token_mask"].tolist() == [[True] * 5 + [False] * 3]
-    assert inputs["tokens"][0, :5].tolist() == [256, ord("g"), ord("o"), ord("!"), ord("\n")]
+    assert inputs["token_mask"].tolist() == [[True] * 6 + [False] * 2]
+    words = "<bos>", "put", "u", "##s", "!", "\n"  # it has not met "us"
+    assert inputs["tokens"][0, :6].tolist() == [number[word] for word in words]
 
 
 def test_actions_there_and_back():
@@ -522,7 +524,7 @@ def test_save_and_load(tmp_path, critic, layers):
         for p in (policy, again)
     )
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    names = {"README.md", "config.json", "model.safetensors", "norm_stats.json"}
+    names = {"README.md", "config.json", "model.safetensors", "norm_stats.json", "tokenizer.json"}
     assert {f.name for f in (tmp_path / "a" / "b").iterdir()} == names  # and nothing temporary
 
 

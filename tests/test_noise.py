@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from conftest import encode, make_policy, wrapped
+from conftest import HYBRID, encode, make_policy, wrapped
 from test_ppo import double, rollout, seeded  # noqa: F401
 from torch.distributions import Independent, Normal
 
@@ -159,7 +159,7 @@ def check_several_chunks():
 def check_learned_noise_of_flow_sde():
     """flow_sde_ppo.py with --noise learned: the steps that are decisions are those of Eq. 4."""
     for mdp in ("hybrid", "two-layer"):
-        agent = make_agent(flow_sde_ppo.Agent, flow_sde_ppo.Args, noise="learned", mdp=mdp)
+        agent = make_agent(flow_sde_ppo.Agent, flow_sde_ppo.Args, **HYBRID | dict(noise="learned", mdp=mdp))
         prefix = look(agent.policy, 16)
         chain, denoise_idx, logprob = agent.act(prefix, seeded())
         again, entropy, stds = agent.evaluate_actions(prefix, chain, denoise_idx)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import encode, make_policy, wrapped
+from conftest import HYBRID, encode, make_policy, wrapped
 from torch.distributions import Independent, Normal
 
 import flow_sde_ppo
@@ -148,7 +148,7 @@ def test_broken_advantages_are_caught(check, broken):
 
 def options(**changed):
     """Arguments of the script. 3 of the policy's 5 actions are executed, 3 of its 4 dimensions are real."""
-    return dataclasses.replace(Args(), chunk_len=3, **changed)
+    return dataclasses.replace(Args(), **HYBRID | {"chunk_len": 3} | changed)
 
 
 def make_agent(critic="vlm", **changed):
