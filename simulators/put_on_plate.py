@@ -183,10 +183,8 @@ def make_scene(backend, things, lists, folder):
     class Scene(PutCarrotOnPlateInScene):  # whose robot, camera, lights and stage it has
         rgb_overlay_mode = "none"  # no photograph: that is `blend`'s work
 
-        def _load_scene(
-            self, options
-        ):  # at every reset; of the reference's 42 things only those on the table
-            ordered = sorted(self.things)  # as they are loaded there: physics depends on it
+        def _load_scene(self, options):  # at every reset; of all 42 things only those on the table
+            ordered = sorted(self.things)  # as RLinf loads them: physics depends on it
             self.chosen = {lists[kind][index]["file"]: (kind, index) for kind, index in ordered}
             self.model_db = {name: lists[kind][index] for name, (kind, index) in self.chosen.items()}
             self.objs, self.obj_names = {}, list(self.chosen)
