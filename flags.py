@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import glob
 import inspect
+import json
 import math
 import os
 import re
@@ -12,12 +14,14 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, TypedDict
 
+from tqdm import tqdm
 
-def fail(message: str):
-    """A user's mistake: one line on stderr and exit code 2, never a traceback."""
+
+def fail(message: str, code=2):
+    """A user's mistake: one line on stderr and exit code 2, never a traceback. Code 1: something broke."""
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"error{rank}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    tqdm.write(f"error{rank}: {message}", file=sys.stderr)  # not into a progress bar
+    raise SystemExit(code)
 
 
 RANGES = {  # of numbers, wherever there is such a flag: least, greatest
@@ -30,6 +34,10 @@ RANGES = {  # of numbers, wherever there is such a flag: least, greatest
     "group_size": (2, math.inf),
     "eval_freq": (-1, math.inf),
 }
+
+
+MAY_CHANGE = {"resume", "run_dir", "total_timesteps", "save_freq", "eval_freq", "save_model", "capture_video"}
+MAY_CHANGE |= {"device", "num_threads", "track"}  # flags of a run that is resumed
 
 
 def check_ranges(args):
@@ -65,18 +73,11 @@ def sections(args_class):
     return found
 
 
-def parse(args_class, defaults, command=None):
-    """Args from the command line. `defaults(env_id, model)` is what --env-id and --model choose for the rest.
-
-    --help has a group for each section of Args: tyro makes one of every nested dataclass.
-    """
+def read(args_class, default, command):
+    """One reading of the command line. --help has a group for each section of Args, as tyro makes one of
+    every nested dataclass."""
     import tyro  # here, not at the top: the simulators' processes do not need it
 
-    choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("env_id", "model"):
-        usual = getattr(args_class, name)
-        choice.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="?", default=usual, const=usual)
-    default = defaults(**vars(choice.parse_known_args(command)[0]))
     types, groups = {field.name: field.type for field in dataclasses.fields(args_class)}, {}
     for title, flags in sections(args_class).items():
         described = [(name, Annotated[types[name], tyro.conf.arg(help=text)]) for name, text in flags.items()]
@@ -91,15 +92,55 @@ def parse(args_class, defaults, command=None):
     return args_class(**{name: value for group in told.values() for name, value in vars(group).items()})
 
 
+def parse(args_class, defaults, command=None):
+    """Args from the command line. `defaults(env_id, model)` is what --env-id and --model choose for the rest.
+
+    With --resume it is the run's own flags that are the defaults, and few may be others than they were.
+    """
+    choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("env_id", "model"):
+        usual = getattr(args_class, name)
+        choice.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="?", default=usual, const=usual)
+    args = read(args_class, defaults(**vars(choice.parse_known_args(command)[0])), command)
+    run = unfinished_run(args) if args.resume == "auto" else args.resume
+    if not run:
+        args.resume = ""
+        return args
+    try:
+        before = args_class(**json.loads(Path(run, "args.json").read_text()))
+    except (OSError, TypeError, ValueError):
+        fail(f"--resume {run}: no folder of a run of this script")
+    args = read(args_class, before, command)
+    for name, value in dataclasses.asdict(before).items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} {getattr(args, name)}: the run that is resumed has {value}, which cannot change")
+    args.resume = str(Path(run))
+    return args
+
+
+def unfinished_run(args):
+    """The newest run of this script, environment and seed that has saved something and did not end."""
+    folders = Path(args.run_dir).glob(f"{glob.escape(f'{args.env_id}__{args.exp_name}__{args.seed}')}__*")
+    saved = [folder for folder in folders if any(folder.glob("resume/*.rank0of*.safetensors"))]
+    return max(
+        (f for f in saved if not (f / "learning_curve.png").exists()), default="", key=lambda f: f.name
+    )
+
+
+def launcher():
+    """How this process was started: the words before the script."""
+    ranks = os.environ.get("WORLD_SIZE", "1")  # told by torchrun
+    return ["python"] if ranks == "1" else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+
+
 def as_command(script, args):
     """The command that runs a script with these Args, whatever its defaults are."""
-    ranks = os.environ.get("WORLD_SIZE", "1")  # told by torchrun
-    words = ["python"] if ranks == "1" else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
-    words.append(script)
+    words = [*launcher(), script]
     for name, value in dataclasses.asdict(args).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
+        elif value != "":
             words += [f"--{flag}", str(value)]
     return shlex.join(words)

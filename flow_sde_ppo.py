@@ -20,10 +20,11 @@ Departures from the paper, explained in docs/:
     # torchrun --standalone --nproc_per_node=2 ...; on one GPU: --device cuda --num-envs 1024
 """
 
+import functools
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Literal
@@ -35,9 +36,9 @@ from torch import Tensor
 
 from envs import make_envs, select_rows, write_gif
 from flags import check_ranges, fail, paper_row, parse
-from pi_models import Policy, Prefix, load_policy, save_policy
+from pi_models import Policy, Prefix, load_policy
 from ranks import add_gradients, gather, join
-from runs import Run
+from runs import Run, refuse_step
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cuda where there is one
     num_threads: int = 1  # CPU threads of torch; at tiny size more than there are idle cores are slower
     run_dir: str = "runs"  # results go to {run_dir}/{env_id}__{exp_name}__{seed}__{time}
+    resume: str = ""  # go on with a run: its folder, or "auto", the newest unfinished one if there is one
     track: bool = False  # log to Weights & Biases too, by WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE
     capture_video: bool = False  # write a GIF of the first evaluation episodes at every evaluation
     save_model: bool = True  # save the policy at the end, and every `save_freq` iterations
@@ -150,6 +152,7 @@ class Agent:
         last = args.noisy_last_step and (self.noise == "learned" or self.solver == "euler")  # is it noisy?
         self.noisy_steps = self.K if last or self.K == 1 else self.K - 1
         self.num_stochastic = self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
+        self.refused = self.refused_in_a_row = 0  # optimiser steps
 
     @torch.no_grad()
     def encode(self, obs: dict) -> tuple[Prefix, dict[str, Tensor]]:
@@ -230,7 +233,7 @@ def now(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def rollout(agent, envs, seen, batch, generator):
+def rollout(agent, envs, seen, batch, generator, run=None):
     """T chunks of every environment, written into the batch: where the two layers of the MDP meet.
 
     Inside, the agent denoises: its decisions take no environment step, earn nothing and are not discounted
@@ -241,6 +244,8 @@ def rollout(agent, envs, seen, batch, generator):
     obs, prefix, inputs = seen
     episodes, steps, encode_time, device = [], 0, 0.0, agent.policy.device
     for t in range(len(batch.chain)):
+        if run and run.signal:  # to stop
+            break
         # -- the inner layer: from noise to an action chunk
         chain, denoise_idx, logprob = agent.act(prefix, generator)
         for name, field in inputs.items():
@@ -296,7 +301,7 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     everyone = torch.cat(gather(advantages[alive]))
     advantages = (advantages - everyone.mean()) / (everyone.std(correction=0) + 1e-8)
     learns = optimizer.param_groups[0]["lr"] > 0  # the actor, not while the critic warms up
-    clip, logs, num_alive = args.clip_coef, [], sum(gather(len(alive)))
+    clip, logs, num_alive, grad_norm = args.clip_coef, [], sum(gather(len(alive))), torch.tensor(math.nan)
     for _ in range(args.update_epochs):
         order = alive[torch.randperm(len(alive), generator=generator, device=alive.device)]
         epoch_kl = 0.0
@@ -327,6 +332,8 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
                 epoch_kl += approx_kl.detach().mean().item() * len(rows) / num_alive
             groups = [group["params"] for group in optimizer.param_groups]
             add_gradients(sum(groups, []))
+            if refuse_step(agent):
+                continue
             grad_norm, *_ = [nn.utils.clip_grad_norm_(group, args.max_grad_norm) for group in groups]
             optimizer.step()
         if args.target_kl is not None and sum(gather(epoch_kl)) > args.target_kl:
@@ -336,6 +343,7 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     metrics = {name: sum(n * log[name] for n, log in logs) / count for name in logs[0][1]}
     returns, errors = (torch.cat(gather(x[alive])) for x in (returns, returns - old_value))
     explained = 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)  # all may be equal
+    metrics |= {"flow/refused_steps": agent.refused}  # since the beginning
     return metrics | {"flow/grad_norm": grad_norm.item(), "losses/explained_variance": explained.item()}
 
 
@@ -421,12 +429,18 @@ def main(args: Args):
     parameters = policy.actor_parameters(), list(policy.value_head.parameters())
     optimizer = torch.optim.AdamW([{"params": group} for group in parameters], eps=1e-5, weight_decay=0.01)
 
-    # -- where the results go
-    run, iteration, global_step = Run(__file__, args, rank), 0, 0
+    # -- separate generators: the environment's own, policy noise, minibatches, and a fixed one in evaluate
+    policy_rng, shuffle_rng = (torch.Generator(device).manual_seed(2 * seed + i) for i in range(2))
 
-    def save():
-        card = f"# {run.name}\n\nFrom {args.checkpoint}, {global_step} steps, see args.json.\n"
-        save_policy(policy, f"{run.folder}/checkpoint", card, asdict(args))
+    # -- where the results go, and where the run begins: at its start, or where it was saved
+    run = Run(__file__, args, rank, ranks)
+    iteration, global_step = run.saved["iteration"], run.saved["global_step"]
+    success_once, episodic_return, episodic_length = run.saved.get("episodes", [float("nan")] * 3)
+    success_rate = run.saved.get("success_rate", float("nan"))
+    generators = policy_rng, shuffle_rng
+    obs = run.restore(policy, optimizer, envs, generators) if run.resumed else envs.reset()[0]
+    seen = obs, *agent.encode(obs)
+    envs.on_failure = functools.partial(run.save, policy, optimizer)  # when a simulator breaks down
 
     def log_evaluation():
         result = evaluate(agent, eval_envs, record=6 * args.capture_video, rank=rank, ranks=ranks)
@@ -436,12 +450,6 @@ def main(args: Args):
             write_gif(f"{run.folder}/eval_{global_step}.gif", frames, "   |   ".join(eval_envs.prompts[:6]))
         run.evaluations.append((global_step, result["success"].mean()))
         return result["success"].mean()
-
-    # -- separate generators: the environment's own, policy noise, minibatches, and a fixed one in evaluate
-    policy_rng, shuffle_rng = (torch.Generator(device).manual_seed(2 * seed + i) for i in range(2))
-    envs.on_failure = save if args.save_model else None  # when a simulator breaks down
-    obs, _ = envs.reset()
-    seen = obs, *agent.encode(obs)
 
     def storage(*shape, dtype=torch.float32):
         return torch.zeros((args.num_steps, num_envs, *shape), dtype=dtype, device=device)
@@ -457,18 +465,29 @@ def main(args: Args):
         final_value=storage(),
         **{name: storage(dtype=torch.bool) for name in ("terminated", "truncated", "alive")},
     )
-    success_once = episodic_return = episodic_length = float("nan")
-    success_rate = log_evaluation() if args.eval_freq >= 0 else float("nan")
-    while global_step < args.total_timesteps:
+    if args.eval_freq >= 0 and not run.resumed:
+        success_rate = log_evaluation()
+    while True:
+        # -- between two iterations: a resumed run begins here
+        latest = {"episodes": [success_once, episodic_return, episodic_length], "success_rate": success_rate}
+        run.remember(envs, generators, iteration=iteration, global_step=global_step, **latest)
+        done = global_step >= args.total_timesteps
+        if done or (iteration > run.saved["iteration"] and iteration % args.save_freq == 0):
+            run.save(policy, optimizer)
+        if done:
+            break
         began, iteration = now(policy.device), iteration + 1
         rise = min(max(iteration - args.critic_warmup, 0) / (args.lr_warmup + 1), 1)
         cosine = 0.5 * (1 + math.cos(math.pi * global_step / args.total_timesteps))
         for group, lr in zip(optimizer.param_groups, (rise * args.learning_rate, args.critic_learning_rate)):
             group["lr"] = lr * (cosine if args.lr_schedule == "cosine" else 1)
-        if not envs.partial_reset and iteration > 1:
-            obs, _ = envs.reset()
+        if iteration > 1 and (policy.vlm_trained or not envs.partial_reset):  # it sees anew, or others
+            obs = seen[0] if envs.partial_reset else envs.reset()[0]
             seen = obs, *agent.encode(obs)
-        seen, episodes, steps, encode_time = rollout(agent, envs, seen, batch, policy_rng)
+        seen, episodes, steps, encode_time = rollout(agent, envs, seen, batch, policy_rng, run)
+        if signal := max(gather(run.signal)):  # this iteration is given up
+            run.save(policy, optimizer)
+            run.stop(signal)
         rolled = now(policy.device)
         ends = batch.terminated, batch.truncated, batch.final_value
         batch.advantages, batch.returns = compute_advantages(
@@ -493,8 +512,6 @@ def main(args: Args):
             success_rate = log_evaluation()
         metrics["eval/success_rate"] = success_rate  # the latest
         run.log(iteration, global_step, metrics)
-        if args.save_model and rank == 0 and (last or iteration % args.save_freq == 0):
-            save()
     envs.close()
     run.close(__doc__.split(":")[0])
 

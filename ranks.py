@@ -8,7 +8,10 @@ they tell each other goes through `gather`. One rank sends nothing.
 """
 
 import atexit
+import ctypes
 import os
+import signal
+import sys
 
 import torch
 import torch.distributed as dist
@@ -22,6 +25,8 @@ def join(device: str) -> tuple[int, int, str]:
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends when torchrun is gone
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)

@@ -109,6 +109,34 @@ class Tabletop(gym.vector.VectorEnv):
         self.started = True
         return self._observe(), {}
 
+    def get_state(self):
+        """All that the next steps depend on."""
+        changing = {name: value for name, value in vars(self).items() if name in self.CHANGING}
+        return changing | {"rng": self.rng.bit_generator.state}
+
+    def set_state(self, saved):
+        for name, value in saved.items():
+            if name != "rng":
+                setattr(self, name, value.copy())
+        self.rng.bit_generator.state = saved["rng"]
+        self.started = True
+        return self._observe()
+
+    CHANGING = (
+        "objects",
+        "gripper",
+        "fingers",
+        "handle_x",
+        "opening",
+        "held",
+        "task",
+        "length",
+        "order",
+        "pressed",
+        "alive",
+        "success",
+    )
+
     def _begin(self, rows, task, scenes):
         self.objects[rows], self.handle_x[rows], self.gripper[rows] = scenes
         self.task[rows], self.held[rows], self.order[rows] = task, NOTHING, [RED, GREEN, BLUE]
