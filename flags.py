@@ -20,7 +20,9 @@ from tqdm import tqdm
 def fail(message: str, code=2):
     """A user's mistake: one line on stderr and exit code 2, never a traceback. Code 1: something broke."""
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    tqdm.write(f"error{rank}: {message}", file=sys.stderr)  # not into a progress bar
+    for bar in list(getattr(tqdm, "_instances", [])):
+        bar.close()  # or it would be drawn over the message
+    print(f"error{rank}: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 

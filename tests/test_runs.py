@@ -280,4 +280,4 @@ def test_gradients_that_are_not_finite(parts, monkeypatch, capsys):
     told = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 1
     why = "the gradient was not finite in three optimiser steps in a row"
-    assert told.startswith(f"error: {why}: value_head.")
+    assert told.startswith(f"error: {why}: value_head."), repr(told)
