@@ -61,8 +61,8 @@ class Args:
     checkpoint: str = "checkpoints/tabletop-sft"  # policy to start from: a folder, a hub id, or "tiny"
     obs_mode: Literal["rgb", "fast", "state"] = "rgb"  # fast: no shadows; state: numbers, no pictures
     eval_protocol: Literal["paper", "openpi"] = "paper"  # whose step limits
-    num_envs: int = 256  # parallel environments, of all ranks together
-    num_steps: int = 8  # action chunks per environment and iteration
+    num_envs: int = 512  # parallel environments, of all ranks together
+    num_steps: int = 2  # action chunks per environment and iteration
     chunk_len: int = 5  # actions executed per chunk, at most the policy's horizon
     partial_reset: bool = True  # begin a new episode when one ends; else idle, masked, to the iteration's end
     total_timesteps: int = 800_000  # environment steps, not chunks; the last iteration reaches them
@@ -75,7 +75,7 @@ class Args:
     critic_warmup: int = 2  # first iterations in which only the critic is trained
     gamma: float = 0.95  # discount per chunk
     gae_lambda: float = 0.9  # lambda of GAE, per chunk
-    update_epochs: int = 2  # passes over the batch
+    update_epochs: int = 1  # passes over the batch
     num_minibatches: int = 4  # optimiser steps per pass
     micro_batch_size: int = 256  # chunks per backward pass, accumulated over a minibatch; 0: all at once
     clip_coef: float = 0.2  # clipping of the ratio; with a critic, of the value's change too
@@ -288,7 +288,7 @@ def compute_advantages(rewards, values, next_value, terminated, truncated, final
 
 
 def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
-    """PPO on the chunks in which the episode was alive: clipped surrogate (Eqs. 14-15) and value loss."""
+    """Steps on the clipped surrogate (Eqs. 14-15), on the chunks in which an episode was alive."""
     names = ("chain", "denoise_idx", "logprob", "advantages")
     chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
     old_value, returns = batch.value.flatten(0, 1), batch.returns.flatten(0, 1)  # (T * N, S)
@@ -341,7 +341,8 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     returns, errors = (torch.cat(gather(x[alive])) for x in (returns, returns - old_value))
     explained = 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)  # all may be equal
     metrics |= {"flow/refused_steps": agent.refused}  # since the beginning
-    return metrics | {"flow/grad_norm": grad_norm.item(), "losses/explained_variance": explained.item()}
+    metrics |= {"losses/explained_variance": explained.item()}
+    return metrics | {"flow/grad_norm": grad_norm.item()}
 
 
 @torch.no_grad()
@@ -421,7 +422,8 @@ def main(args: Args):
     if args.noise == "learned":
         policy.need_noise_head(args.noise_std_min, args.noise_std_max)
     agent = Agent(policy, args)
-    parameters = policy.actor_parameters(), list(policy.value_head.parameters())
+    parameters = [policy.actor_parameters()]
+    parameters.append(list(policy.value_head.parameters()))
     optimizer = torch.optim.AdamW([{"params": group} for group in parameters], eps=1e-5, weight_decay=0.01)
 
     # -- separate generators: the environment's own, policy noise, minibatches, and a fixed one in evaluate
@@ -484,10 +486,9 @@ def main(args: Args):
             run.save(policy, optimizer)
             run.stop(signal)
         rolled = now(policy.device)
-        ends = batch.terminated, batch.truncated, batch.final_value
-        batch.advantages, batch.returns = compute_advantages(
-            batch.reward, batch.value, batch.next_value, *ends, args.gamma, args.gae_lambda
-        )
+        given = batch.reward, batch.value, batch.next_value, batch.terminated, batch.truncated
+        given += batch.final_value, args.gamma, args.gae_lambda
+        batch.advantages, batch.returns = compute_advantages(*given)
         metrics = update(agent, optimizer, batch, args, shuffle_rng)
         metrics["flow/exploration"] = agent.exploration(seen[1][:64], torch.Generator(device).manual_seed(0))
         updated = now(policy.device)

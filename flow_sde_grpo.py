@@ -262,7 +262,7 @@ def compute_advantages(rewards: Tensor, alive: Tensor, group_size: int, eps=1e-6
 
 
 def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
-    """GRPO on the chunks whose episode differs from its group: clipped surrogate (Eqs. 14-15)."""
+    """Steps on the clipped surrogate (Eqs. 14-15), on the chunks in which an episode was alive."""
     names = ("chain", "denoise_idx", "logprob", "advantages")
     chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
     inputs = {name: field.flatten(0, 1) for name, field in batch.inputs.items()}
@@ -394,7 +394,7 @@ def main(args: Args):
     if args.kl_coef:  # the expert as it is now; of the VLM, which is frozen, one copy is enough
         vlm = {id(module): module for module in policy.vlm_modules}
         agent.reference = Agent(copy.deepcopy(policy, vlm).requires_grad_(False), args)
-    parameters = (policy.actor_parameters(),)
+    parameters = [policy.actor_parameters()]
     optimizer = torch.optim.AdamW([{"params": group} for group in parameters], eps=1e-5, weight_decay=0.01)
 
     # -- separate generators: the environment's own, policy noise, minibatches, and a fixed one in evaluate
@@ -471,8 +471,8 @@ def main(args: Args):
         charts = {"success_once": success_once, "episodic_return": episodic_return}  # with exploration noise
         charts |= {"episodic_length": episodic_length, "learning_rate": optimizer.param_groups[0]["lr"]}
         solved = torch.cat(gather(batch.terminated.any(dim=0))).view(-1, args.group_size)  # (G, group_size)
-        charts |= {"groups_all_solved": solved.all(dim=1).sum().item()}  # these and
-        charts |= {"groups_none_solved": (~solved.any(dim=1)).sum().item()}  # these are masked
+        charts["groups_all_solved"] = solved.all(dim=1).sum().item()  # these and
+        charts["groups_none_solved"] = (~solved.any(dim=1)).sum().item()  # these are masked
         charts["SPS"] = steps / (updated - began)
         times = {"rollout": rolled - began - encode_time, "encode": encode_time, "update": updated - rolled}
         metrics |= {f"charts/{k}": v for k, v in charts.items()} | {f"time/{k}": v for k, v in times.items()}

@@ -33,7 +33,7 @@ SCRIPTS.remove("envs.py")
 METRICS = {
     "charts": ["episodic_return", "episodic_length", "success_once", "learning_rate", "SPS"],
     "losses": ["policy_loss", "entropy", "approx_kl", "clipfrac"],
-    "flow": ["std_mean", "exploration", "grad_norm"],
+    "flow": ["std_mean", "exploration", "grad_norm", "refused_steps"],
     "eval": ["success_rate"],
     "time": ["rollout", "encode", "update"],
 }
@@ -339,11 +339,15 @@ def flags(script):
 
 
 def test_flags_are_alike():
-    """A flag that two scripts have means the same and has the same default, except which noise is theirs."""
+    """A flag that two scripts have means the same and has the same default, except which noise is theirs and,
+    as GRPO compares whole episodes, how large an iteration is."""
     sde, noise, grpo = map(flags, THREE)
     for script in THREE:  # every flag has its line of help
         assert flags(script).keys() == {field.name for field in dataclasses.fields(script.Args)}
     sde["noise"] = noise["noise"] = grpo["noise"] = None
+    for name in ("num_envs", "num_steps", "update_epochs"):
+        assert sde[name] == noise[name] != grpo[name] and sde[name][1] == grpo[name][1]
+        grpo[name] = sde[name]
     for a, b in ((sde, noise), (sde, grpo), (noise, grpo)):
         assert {k: a[k] for k in a.keys() & b.keys()} == {k: b[k] for k in a.keys() & b.keys()}
     assert noise.keys() - sde.keys() == {"logprob_reduction", "ent_coef"}
