@@ -29,6 +29,21 @@ def select_rows(obs: dict, rows: np.ndarray) -> dict:
     return {k: [v[i] for i in rows] if isinstance(v, list) else v[rows] for k, v in obs.items()}
 
 
+def chosen_states(envs, options):
+    """The evaluation states (N,) that a reset is asked for, or None for training episodes."""
+    options = dict(options or {})
+    chosen = options.pop("eval_states", None)
+    if options:
+        raise ValueError(f"reset options: expected eval_states, got {', '.join(options)}")
+    if chosen is None:
+        return None
+    index = np.asarray(chosen)
+    if index.shape != (envs.num_envs,) or index.min() < 0 or index.max() >= envs.num_eval_states:
+        expected = f"{envs.num_envs} indices from 0 to {envs.num_eval_states - 1}"
+        raise ValueError(f"eval_states: expected {expected}, got {chosen}")
+    return index
+
+
 def give_up(message: str):
     """For what is not the user's mistake: a line as by `fail`, but exit code 1."""
     try:
@@ -43,13 +58,15 @@ def where(envs, row):
     return f"task {envs.task[row]}, {state}, step {envs.length[row]}"
 
 
-def check_actions(envs, actions):
+def check_actions(envs, actions, started):
     """A chunk (N, C, D), of numbers where an episode is going on."""
     actions, (num_envs, action_dim) = np.asarray(actions), envs.action_space.shape
     if actions.ndim != 3 or actions.shape[::2] != (num_envs, action_dim):
         raise ValueError(
             f"actions: expected shape ({num_envs}, chunk_len, {action_dim}), got {actions.shape}"
         )
+    if not started:
+        raise gym.error.ResetNeeded("call reset() before step_chunk()")
     wrong = np.flatnonzero(envs.alive & ~np.isfinite(actions).all(axis=(1, 2)))
     if len(wrong):
         give_up(f"{envs.env_id}, {where(envs, wrong[0])}: the policy's action is NaN or infinite")
@@ -106,12 +123,12 @@ class Simulators(gym.vector.VectorEnv):
         self.returned, self.prompt = np.zeros(num_envs, np.float32), np.full(num_envs, None)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        chosen = chosen_states(self, options)
         if seed is not None:
             self.rng = np.random.default_rng(seed)
-        eval_states = (options or {}).get("eval_states")
-        self.evaluates = eval_states is not None
+        self.evaluates = chosen is not None
         if self.evaluates:
-            task, state = np.divmod(np.asarray(eval_states), self.eval_states)
+            task, state = np.divmod(chosen, self.eval_states)
         else:
             task, state = (x.repeat(self.group_size) for x in self._draw(self.num_envs // self.group_size))
         if self.processes is None:
@@ -213,9 +230,7 @@ class Simulators(gym.vector.VectorEnv):
 
     def step_chunk(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         """Executes actions (N, C, D) in turn; an environment whose episode ends midway ignores the rest."""
-        actions = check_actions(self, actions).astype(np.float32)
-        if self.processes is None:
-            raise gym.error.ResetNeeded("call reset() before step_chunk()")
+        actions = check_actions(self, actions, self.processes is not None).astype(np.float32)
         began, before, reward = self.alive.copy(), self.length.copy(), np.zeros(actions.shape[:2], np.float32)
         terminated, truncated = np.zeros((2, self.num_envs), bool)
         frames = np.zeros((actions.shape[1], min(self.record, self.num_envs), 256, 256, 3), np.uint8)

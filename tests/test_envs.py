@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -276,6 +277,12 @@ def test_evaluation_states(walk, six):
         assert state.tolist() == [[s % 3, (-1, 1)[s // 3]] for s in order]
 
 
+@pytest.mark.parametrize("wrong", [[1, 2, 3], [-1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 6]])
+def test_wrong_evaluation_states(six, wrong):
+    with pytest.raises(ValueError, match="expected 6 indices from 0 to 5"):
+        six.reset(options={"eval_states": wrong})
+
+
 def test_film(six):
     six.reset(options={"eval_states": [0, 1, 2, 3, 4, 5]})
     six.record = 4  # of both processes
@@ -301,7 +308,7 @@ def test_close_leaves_no_process(walk):
     obs, _ = envs.reset(options={"eval_states": EVAL[:4]})  # and begins again
     assert obs["state"].shape == (4, 2)
     envs.close()
-    with pytest.raises(Exception, match="reset"):
+    with pytest.raises(gym.error.ResetNeeded, match="reset"):
         envs.step_chunk(wander(4, 1))
 
 
