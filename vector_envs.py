@@ -87,6 +87,8 @@ class Simulators(gym.vector.VectorEnv):
             process.join()
             told = f"its process ended with exit code {process.exitcode}{ADVICE}"
         process.kill()
+        process.join()
+        pipe.close()
         if isinstance(told, str):
             fail(f"{env_id}: {told}")
         self.max_episode_steps, self.train_states = told["max_episode_steps"], told["train_states"]
