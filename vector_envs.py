@@ -5,7 +5,7 @@ tabletop, which is its own vector, shares the functions here.
 
 A simulator that breaks down (an exception, NaN) is built anew. If its process dies or hangs, so are all the
 simulators in it. Their episodes are dropped: in that chunk they were not alive, nothing was earned, and they
-were truncated at the last good observation. It is counted, told in a line, and in a row it ends the run.
+were truncated at the last good observation. Each time is told in a line; too many in a row end the run.
 """
 
 import math
@@ -173,34 +173,34 @@ class Simulators(gym.vector.VectorEnv):
         for rows, (_, pipe) in zip(self.rows, self.processes):
             with suppress(OSError):  # it has died, which is found out below
                 pipe.send((method, [x[rows] if isinstance(x, np.ndarray) else x for x in arguments]))
-        answers, failed, told = [], np.zeros(self.num_envs, bool), {}
+        answers, failed, told = [], np.zeros(self.num_envs, bool), []
         for i, rows in enumerate(self.rows):
             try:
                 answer, self.prompt[rows], broken = self._receive(
                     i, self.patience * (1 + (method == "reset"))
                 )
+                told += [(rows.start + row, [rows.start + row], what) for row, what in broken.items()]
             except (EOFError, OSError) as error:
-                answer, broken = None, {self.shared["busy"][rows].argmax(): self._replace(i, error)}
-                failed[rows] = True
+                answer, row = None, rows.start + self.shared["busy"][rows].argmax()
+                told.append((row, rows, self._replace(i, error)))
             answers.append(answer)
-            told |= {rows.start + row: what for row, what in broken.items()}
-        failed[list(told)] = True
-        failed &= self.alive
         if told:
             self.breakdowns += 1
         elif method == "step":
             self.breakdowns = 0
-        lost = (failed & ~arguments[0] if method == "reset" else failed).sum()  # a reset begins again
-        fate = f"built anew, {self.breakdowns} of at most {MAX_BREAKDOWNS} times in a row; episodes "
-        fate += f"that count as failures: {lost}" if self.evaluates else f"dropped: {lost}"
-        for row, what in told.items():
+        fate = "episodes that count as failures" if self.evaluates else "episodes dropped"
+        for row, rows, what in told:
+            failed[rows] = self.alive[rows]
             what = f"{self.env_id} broke down, {where(self, row)}: {what}"
             if self.breakdowns > MAX_BREAKDOWNS:
                 self.close()
                 if self.on_failure:
                     self.on_failure()
                 give_up(f"{what}; before, it was built anew {MAX_BREAKDOWNS} times in a row")
-            print(f"{what}; {fate}", file=sys.stderr)
+            # an episode that was just to begin begins again
+            lost = (failed[rows] & ~arguments[0][rows] if method == "reset" else failed[rows]).sum()
+            count = f"{self.breakdowns} of at most {MAX_BREAKDOWNS} times in a row"
+            print(f"{what}; built anew, {count}; {fate}: {lost}", file=sys.stderr)
         return answers, failed
 
     def _receive(self, i, patience):
@@ -214,15 +214,16 @@ class Simulators(gym.vector.VectorEnv):
     def _replace(self, i, error):
         """Another process for one that died or hangs; what happened."""
         process, pipe = self.processes[i]
+        what = f"its process {error}"
         if not isinstance(error, TimeoutError):
             process.join(5)
-        dead = process.exitcode
+            what = f"its process ended with exit code {process.exitcode}"
         process.kill()
         process.join()
         pipe.close()
         self.shared["busy"][self.rows[i]] = False
         self.processes[i] = start(serve, *self.blocks[i])
-        return f"its process ended with exit code {dead}" if dead else f"its process {error}"
+        return what
 
     def _observe(self):
         """The processes write on, so copies; the last are kept."""
