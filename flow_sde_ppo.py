@@ -261,7 +261,8 @@ def rollout(agent, envs, seen, batch, generator, run=None):
         batch.truncated[t] = torch.from_numpy(truncated)
         batch.alive[t] = torch.from_numpy(info["alive"])
         done = terminated | truncated
-        episodes += zip(*(info[key][done] for key in ("success", "episode_return", "episode_length")))
+        ended = done & ~info["dropped"]  # not those that a simulator took along when it broke down
+        episodes += zip(*(info[key][ended] for key in ("success", "episode_return", "episode_length")))
         steps += int(info["steps"].sum())
         tick = now(device)
         if truncated.any():  # what the time limit cut off is worth V(final observation)

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from envs import select_rows
+from vector_envs import check_actions, chosen_states, select_rows
 
 RED, GREEN, BLUE, PLATE, BOWL, BUTTON, HANDLE, NOTHING = *range(7), -1
 TASKS = {  # name: (instruction, source, destination)
@@ -36,6 +36,7 @@ PLACE_RADIUS = 0.22
 HANDLE_Y = 0.70  # of the closed drawer
 DRAWER_LENGTH, DRAWER_OPEN = 0.40, 0.30
 EVAL_STATES, EVAL_SEED = 50, 20240  # fixed evaluation states per task
+STATE = "objects handle_x gripper fingers opening held order pressed task state length alive success".split()
 
 
 def sample_scenes(rng, n):
@@ -60,7 +61,8 @@ class Tabletop(gym.vector.VectorEnv):
 
     def __init__(self, env_id, num_envs, seed, partial_reset, group_size, obs_mode, protocol):
         self.tasks = list(TASKS) if env_id == "tabletop" else [env_id.removeprefix("tabletop_")]
-        self.num_envs, self.partial_reset, self.group_size = num_envs, partial_reset, group_size
+        self.env_id, self.num_envs, self.group_size = env_id, num_envs, group_size
+        self.partial_reset, self.started = partial_reset, False
         self.prompts = [TASKS[task][0] for task in self.tasks]
         self.goals = np.array([TASKS[task][1:] for task in self.tasks])  # (tasks, 2): source, destination
         mode = AutoresetMode.SAME_STEP if partial_reset else AutoresetMode.DISABLED
@@ -68,8 +70,7 @@ class Tabletop(gym.vector.VectorEnv):
         self.render_mode = "rgb_array"
         self.record = 0  # k > 0: step_chunk also gives info["frames"], pictures of the first k environments
         images, state = spaces.Box(0, 255, (1, 32, 32, 3), np.uint8), spaces.Box(-1, 1, (4,), np.float32)
-        letters = "".join(sorted(set("".join(self.prompts))))
-        prompt = spaces.Text(max(map(len, self.prompts)), charset=letters)
+        prompt = spaces.Text(max(map(len, self.prompts)), charset="".join(self.prompts))
         self.single_observation_space = spaces.Dict({"images": images, "state": state, "prompt": prompt})
         self.single_action_space = spaces.Box(-1, 1, (3,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -83,63 +84,38 @@ class Tabletop(gym.vector.VectorEnv):
         self.rng = np.random.default_rng(seed)
         self.objects, self.gripper = np.zeros((num_envs, 6, 2)), np.zeros((num_envs, 2))
         self.fingers, self.handle_x, self.opening = np.zeros((3, num_envs))
-        self.held, self.task, self.length = np.zeros((3, num_envs), int)
+        self.held, self.task, self.state, self.length = np.zeros((4, num_envs), int)  # state -1: random
         self.order = np.zeros((num_envs, 3), int)  # blocks from the lowest to the topmost
         self.pressed, self.alive, self.success = np.zeros((3, num_envs), bool)
-        self.started = False
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        options = dict(options or {})
-        eval_states = options.pop("eval_states", None)
-        if options:
-            raise ValueError(f"reset options: expected eval_states, got {', '.join(options)}")
+        chosen = chosen_states(self, options)
         if seed is not None:
             self.rng = np.random.default_rng(seed)
-        if eval_states is not None:
-            index = np.asarray(eval_states)
-            if index.shape != (self.num_envs,) or index.min() < 0 or index.max() >= self.num_eval_states:
-                expected = f"{self.num_envs} indices from 0 to {self.num_eval_states - 1}"
-                raise ValueError(f"eval_states: expected {expected}, got {eval_states}")
-            task, scenes = index // EVAL_STATES, [part[index] for part in self.eval_scenes]
-        else:
+        if chosen is None:
             groups = self.num_envs // self.group_size
             task = self.rng.integers(len(self.tasks), size=groups).repeat(self.group_size)
             scenes = [part.repeat(self.group_size, axis=0) for part in sample_scenes(self.rng, groups)]
+        else:
+            task, scenes = chosen // EVAL_STATES, [part[chosen] for part in self.eval_scenes]
         self._begin(np.arange(self.num_envs), task, scenes)
-        self.started = True
+        self.started, self.state[:] = True, -1 if chosen is None else chosen % EVAL_STATES
         return self._observe(), {}
 
-    def get_state(self):
-        """All that the next steps depend on."""
-        changing = {name: value for name, value in vars(self).items() if name in self.CHANGING}
-        return changing | {"rng": self.rng.bit_generator.state}
+    def get_state(self) -> dict:
+        """All that the next steps depend on; after `set_state` the episodes go on as if nothing had been."""
+        return {name: getattr(self, name).copy() for name in STATE} | {"rng": self.rng.bit_generator.state}
 
-    def set_state(self, saved):
-        for name, value in saved.items():
-            if name != "rng":
-                setattr(self, name, value.copy())
-        self.rng.bit_generator.state = saved["rng"]
-        self.started = True
+    def set_state(self, saved: dict) -> dict:
+        self.rng.bit_generator.state, self.started = saved["rng"], True
+        for name in STATE:
+            getattr(self, name)[:] = saved[name]
         return self._observe()
-
-    CHANGING = (
-        "objects",
-        "gripper",
-        "fingers",
-        "handle_x",
-        "opening",
-        "held",
-        "task",
-        "length",
-        "order",
-        "pressed",
-        "alive",
-        "success",
-    )
 
     def _begin(self, rows, task, scenes):
         self.objects[rows], self.handle_x[rows], self.gripper[rows] = scenes
-        self.task[rows], self.held[rows], self.order[rows] = task, NOTHING, [RED, GREEN, BLUE]
+        self.task[rows], self.held[rows], self.state[rows] = task, NOTHING, -1
+        self.order[rows] = [RED, GREEN, BLUE]
         self.fingers[rows] = self.opening[rows] = self.length[rows] = 0
         self.pressed[rows], self.success[rows], self.alive[rows] = False, False, True
 
@@ -152,11 +128,7 @@ class Tabletop(gym.vector.VectorEnv):
 
     def step_chunk(self, actions):
         """Executes actions (N, C, 3) in turn; an environment whose episode ends midway ignores the rest."""
-        actions = np.asarray(actions, np.float64)
-        if actions.ndim != 3 or actions.shape[::2] != (self.num_envs, 3):
-            raise ValueError(f"actions: expected shape ({self.num_envs}, chunk_len, 3), got {actions.shape}")
-        if not self.started:
-            raise gym.error.ResetNeeded("call reset() before step_chunk()")
+        actions = check_actions(self, actions, self.started).astype(np.float64)
         began, before, frames = self.alive.copy(), self.length.copy(), []
         reward = np.zeros(actions.shape[:2], np.float32)
         terminated, truncated = np.zeros((2, self.num_envs), bool)
@@ -177,6 +149,7 @@ class Tabletop(gym.vector.VectorEnv):
             "episode_return": self.success.astype(np.float32),
             "steps": self.length - before,  # executed in this chunk
             "alive": began,
+            "dropped": np.zeros(self.num_envs, bool),  # nothing breaks down here
             "final_obs": None,
         }
         if self.record:
@@ -188,8 +161,7 @@ class Tabletop(gym.vector.VectorEnv):
                 self._begin(ended, task, sample_scenes(self.rng, len(ended)))
                 new = self._observe(ended)
                 obs["images"][ended], obs["state"][ended] = new["images"], new["state"]
-                for n, prompt in zip(ended, new["prompt"]):
-                    obs["prompt"][n] = prompt
+                obs["prompt"] = [self.prompts[task] for task in self.task]
         return obs, reward, terminated, truncated, info
 
     def step(self, actions):

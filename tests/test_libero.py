@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from envs import make_envs
+from processes import Block
 from simulators.libero import LIBERO_STEPS, Libero, import_libero
 
 for package in ("libero", "robosuite", "bddl"):
@@ -151,19 +152,14 @@ def test_success_bowl_on_plate(goal):
 def test_success_ends_the_episode():
     """A drawer that is pulled out in the middle of a chunk."""
     envs = make_envs("libero_goal", 1, 0, obs_mode="state")
-    block = envs.blocks[0]()  # what runs in a process
-    block.reset(
-        options={
-            key: np.full(1, value)
-            for key, value in {"begin": True, "task": MIDDLE_DRAWER, "state": 0}.items()
-        }
-    )
-    told = block.step(np.tile(OPEN, (1, 2, 1)))[4]
-    assert not told["terminated"].any() and not told["reward"].any() and told["length"] == [2]
+    block = Block(*envs.blocks[0])  # what runs in a process
+    block.reset(*(np.full(1, value) for value in (True, MIDDLE_DRAWER, 0)))
+    reward, terminated, truncated, _ = block.step(np.tile(OPEN, (1, 2, 1)), [True], 0)
+    assert not terminated.any() and not reward.any() and envs.length == [2]
     block.simulators[0].env.sim.data.set_joint_qpos("wooden_cabinet_1_middle_level", -0.15)
-    told = block.step(np.tile(OPEN, (1, 3, 1)))[4]
-    assert told["terminated"].all() and not told["truncated"].any() and told["length"] == [3]
-    assert told["reward"].tolist() == [[1, 0, 0]]
+    reward, terminated, truncated, _ = block.step(np.tile(OPEN, (1, 3, 1)), [True], 0)
+    assert terminated.all() and not truncated.any() and envs.length == [3]
+    assert reward.tolist() == [[1, 0, 0]] and not block.broken
 
 
 @draws

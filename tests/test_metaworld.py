@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import signal
 from collections import Counter
 
 import numpy as np
@@ -290,3 +292,28 @@ def test_sft_then_rl(tmp_path, monkeypatch):
     assert [r["episodes"] for r in report["results"]] == [50, 50]
     assert report["protocol"]["max_episode_steps"] == 100 and report["protocol"]["obs_mode"] == "state"
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_killed_process(capsys):
+    """The other process goes on as it would have; a new one begins its episodes as the old one did."""
+    both = [make(partial_reset=True) for _ in range(2)]
+    first = [envs.reset(options={"eval_states": STATES})[0] for envs in both]
+    actions = wander(4, 30)
+    for envs in both:
+        envs.step_chunk(actions[:, :10])
+    process, _ = both[1].processes[-1]
+    os.kill(process.pid, signal.SIGKILL)
+    intact, broken = (envs.step_chunk(actions[:, 10:20]) for envs in both)
+    assert capsys.readouterr().err.startswith("metaworld_reach-v3 broke down, task 0, initial state ")
+    dropped = broken[4]["dropped"]
+    assert (dropped == (np.arange(4) >= both[1].rows[-1].start)).all()
+    if not dropped.all():
+        np.testing.assert_array_equal(intact[0]["state"][~dropped], broken[0]["state"][~dropped])
+    assert (both[1].state[dropped] >= 50).all() and (both[1].length[dropped] == 0).all()
+    obs, *_, info = both[1].step_chunk(actions[:, 20:])
+    assert info["alive"].all() and (info["episode_length"] == np.where(dropped, 10, 30)).all()
+    assert np.isfinite(obs["state"]).all()
+    again = both[1].reset(options={"eval_states": STATES})[0]
+    np.testing.assert_array_equal(again["state"], first[0]["state"])
+    for envs in both:
+        envs.close()

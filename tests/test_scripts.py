@@ -382,6 +382,8 @@ def test_budgets():
         "pi_models.py": 750,
         "gr00t_models.py": 500,
         "envs.py": 350,
+        "vector_envs.py": 350,
+        "processes.py": 200,
         "flow_sft.py": 350,
         "evaluate.py": 350,
         "flags.py": 150,

@@ -1,6 +1,7 @@
 """The tabletop: chunks and ends, the scripted expert, and pictures that show what is there."""
 
 import copy
+import json
 import sys
 import time
 import warnings
@@ -199,6 +200,47 @@ def test_evaluation_leaves_the_generator_alone():
     a, b = make_envs("tabletop", 8, 1), make_envs("tabletop", 8, 1)
     a.reset(options={"eval_states": np.arange(8)})
     assert same(a.reset()[0], b.reset()[0])
+
+
+@pytest.mark.parametrize("partial_reset", [True, False])
+def test_set_state(partial_reset):
+    """In the middle of an episode, into another tabletop: all goes on to the last bit."""
+    envs, other = (make_envs("tabletop", 40, seed, partial_reset) for seed in (0, 1))
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.3, (40, 40, 1, 3))
+    envs.reset(options={"eval_states": SOME[:40]})
+    ends = [envs.step_chunk(envs.expert_action()[:, None] + n)[2] for n in noise[:20]]
+    assert 5 < np.sum(ends) < 35  # these wait for a reset, or are in a random scene
+    saved, expected = envs.get_state(), []
+    assert json.loads(json.dumps(saved["rng"])) == saved["rng"]
+    saved = {name: x if name == "rng" else x.copy() for name, x in saved.items()}
+    now = envs._observe()
+    for n in noise:
+        expected.append(envs.step_chunk(envs.expert_action()[:, None] + n))
+    assert same(other.set_state(saved), now)
+    for n, (obs, *told, info) in zip(noise, expected):
+        obs_, *told_, info_ = other.step_chunk(other.expert_action()[:, None] + n)
+        assert same(obs, obs_) and all(map(np.array_equal, told, told_))
+        assert (info["final_obs"] is None) == (info_["final_obs"] is None)
+        if info["final_obs"]:
+            assert same(info["final_obs"], info_["final_obs"])
+        assert all(np.array_equal(info[key], info_[key]) for key in info if key != "final_obs")
+    assert same(envs.reset()[0], other.reset()[0])
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_wrong_actions(capsys, wrong):
+    envs, actions = make_envs("tabletop", 3, 0, partial_reset=False), np.zeros((3, 5, 3))
+    actions[1, 4, 2] = wrong
+    for options, state in ({"eval_states": [7, 77, 7]}, "initial state 27"), (None, "a random initial state"):
+        envs.reset(options=options)
+        envs.step_chunk(np.zeros((3, 2, 3)))
+        with pytest.raises(SystemExit) as stop:
+            envs.step_chunk(actions)
+        told = f"tabletop, task {envs.task[1]}, {state}, step 2: the policy's action is NaN or infinite"
+        assert stop.value.code == 1 and capsys.readouterr().err == f"error: {told}\n"
+    envs.step_chunk(np.zeros((3, 38, 3)))
+    assert not envs.step_chunk(actions)[4]["alive"].any()  # of an ended episode they are not looked at
 
 
 def test_groups(capsys):
