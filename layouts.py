@@ -378,6 +378,7 @@ def exchange(side, folder):
         names = here, os.fsencode(side), here, os.fsencode(folder), swap
         if not hasattr(libc, "renameat2") or libc.renameat2(*names) != 0:
             old = folder.with_name(f".{folder.name}.old")  # elsewhere there is neither for a moment
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
             os.rename(side, folder)
             os.rename(old, side)

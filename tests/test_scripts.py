@@ -377,6 +377,7 @@ def test_budgets():
     budgets = {
         "pi_models.py": 750,
         "gr00t_models.py": 500,
+        "layouts.py": 450,
         "envs.py": 350,
         "flow_sft.py": 350,
         "evaluate.py": 350,
