@@ -542,7 +542,7 @@ def read_config(tensors, told):
 def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
     """A folder of `save_policy`, openpi, lerobot, transformers or RLinf; a hub id; "tiny" or "tiny-gr00t"."""
     folder = CHECKPOINTS / path_or_name if path_or_name in ("tiny", "tiny-gr00t") else Path(path_or_name)
-    folder = folder if os.path.isdir(folder) else layouts.download(str(path_or_name))
+    folder = folder if str(path_or_name) and os.path.isdir(folder) else layouts.download(str(path_or_name))
     import gr00t_models  # which begins with what is above
 
     family, names = sys.modules[__name__], layouts  # who knows the networks, and the names in the files
