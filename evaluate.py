@@ -28,11 +28,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 
 import flow_sde_ppo
 from envs import make_envs, write_gif
-from flags import fail
+from flags import check_effects, check_ranges, fail, read
 from flow_sde_ppo import Agent, evaluate
 from pi_models import load_policy
 from simulators.calvin import chain_limit
@@ -266,10 +265,12 @@ def main(args):
     # -- the user's mistakes
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     gif = args.capture_video
+    check_ranges(args)
+    check_effects(args, Args())
     for wrong, message in [
         (not args.checkpoints or not args.seeds, "--checkpoints and --seeds need at least one value"),
         (len(args.labels) not in (0, len(args.checkpoints)), "--labels: give one per checkpoint"),
-        (min(args.num_threads, args.num_envs) < 1, "--num-threads and --num-envs must be at least 1"),
+        (len({*args.seeds}) < len(args.seeds), "--seeds: each only once, or its episodes count twice"),
         (gif and not gif.endswith(".gif"), f"--capture-video {gif}: the name must end in .gif"),
         (device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:
@@ -345,4 +346,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(read(Args))

@@ -1,9 +1,12 @@
 """The command line of the scripts: flags from the dataclass `Args`, and `Args` as a command again."""
 
 import argparse
+import contextlib
 import dataclasses
+import difflib
 import glob
 import inspect
+import io
 import json
 import math
 import os
@@ -22,19 +25,28 @@ def fail(message: str, code=2):
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     for bar in list(getattr(tqdm, "_instances", [])):
         bar.close()  # or it would be drawn over the message
-    print(f"error{rank}: {message}", file=sys.stderr)
+    print(f"error{rank}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
-RANGES = {  # of numbers, wherever there is such a flag: least, greatest
-    **dict.fromkeys(["num_threads", "num_envs", "num_steps", "chunk_len", "total_timesteps"], (1, math.inf)),
-    **dict.fromkeys(["update_epochs", "num_minibatches", "save_freq", "denoise_steps"], (1, math.inf)),
-    **dict.fromkeys(["critic_layers", "lora_rank"], (1, math.inf)),
-    **dict.fromkeys(["micro_batch_size", "lr_warmup", "critic_warmup"], (0, math.inf)),
-    **dict.fromkeys(["learning_rate", "critic_learning_rate", "ent_coef", "kl_coef"], (0, math.inf)),
+MANY, ABOVE_0 = 10**9, math.ulp(0)  # the least number above zero
+RANGES = {  # of every number, whichever script has it: least, greatest
+    **dict.fromkeys(["num_envs", "num_steps", "num_minibatches", "num_demos", "play_episodes"], (1, 100_000)),
+    **dict.fromkeys(["total_steps", "vlm_steps", "play_steps", "batch_size", "save_freq"], (1, MANY)),
+    **dict.fromkeys(["num_threads", "chunk_len", "update_epochs", "denoise_steps"], (1, 1000)),
+    **dict.fromkeys(["lora_rank", "lora_alpha"], (1, 4096)),
+    **dict.fromkeys(["micro_batch_size", "lr_warmup", "critic_warmup"], (0, MANY)),
+    **dict.fromkeys(["learning_rate", "critic_learning_rate", "pretrain_learning_rate"], (0, 1)),
     **dict.fromkeys(["gamma", "gae_lambda"], (0, 1)),
-    "group_size": (2, math.inf),
-    "eval_freq": (-1, math.inf),
+    **dict.fromkeys(["ent_coef", "kl_coef"], (0, 1000)),
+    **dict.fromkeys(["noise_level", "noise_std_min", "noise_std_max", "sloppiness"], (0, 10)),
+    **dict.fromkeys(["max_grad_norm", "target_kl"], (ABOVE_0, MANY)),
+    **dict.fromkeys(["seed", "seeds"], (0, 2**31 - 1)),
+    "total_timesteps": (1, 10**12),
+    "clip_coef": (ABOVE_0, 1),
+    "critic_layers": (1, 9),  # halved from 512, the ninth has two inputs
+    "group_size": (2, 100_000),
+    "eval_freq": (-1, MANY),
 }
 
 
@@ -43,12 +55,47 @@ MAY_CHANGE |= {"device", "num_threads", "track"}  # flags of a run that is resum
 
 
 def check_ranges(args):
-    """Each number by itself; what flags have to do with each other is for the scripts."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name, low)
-        if not low <= value <= high:  # also nan
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            fail(f"--{name.replace('_', '-')} must be {bounds}, not {value}")
+    """Each flag by itself; what flags have to do with each other is for the scripts."""
+    for field in dataclasses.fields(args):
+        value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
+        for one in value if isinstance(value, tuple) else [value]:
+            if isinstance(one, str):
+                check_text(flag, one)
+            elif one is not None and not isinstance(one, bool):
+                low, high = RANGES[field.name]
+                if not low <= one <= high:  # also nan
+                    bounds = f"above 0 and at most {high}" if low == ABOVE_0 else f"from {low} to {high}"
+                    fail(f"{flag} must be {bounds}, not {one}")
+
+
+def check_text(flag, text):
+    """What cannot be the name of anything."""
+    if not text and flag in ("--exp-name", "--run-dir", "--env-id"):
+        fail(f"{flag} must not be empty")
+    if not text.isprintable():
+        fail(f"{flag} {text!r} has characters that cannot be printed")
+    if flag in ("--exp-name", "--env-id") and (text[0] == "." or "/" in text or len(text) > 100):
+        fail(f"{flag} {text[:120]} must be a name of at most 100 characters, not a path")
+    if len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in text.split("/")):
+        fail(f"{flag} {text[:40]}... is too long for the name of a file")
+
+
+def check_effects(args, usual):
+    """Flags that were changed and do nothing: whoever did it believes something else."""
+    tabletop = args.env_id.startswith("tabletop")
+    for names, nothing, where in [
+        (
+            ("lora_rank", "lora_alpha"),
+            getattr(args, "train", "") != "expert+lora",
+            "without --train expert+lora",
+        ),
+        (("save_freq",), not getattr(args, "save_model", True), "with --no-save-model"),
+        (("capture_video",), getattr(args, "eval_freq", 0) == -1, "with --eval-freq -1"),
+        (("obs_mode", "eval_protocol"), tabletop, "on the tabletop"),
+    ]:
+        for name in names if nothing else ():
+            if getattr(args, name, None) != getattr(usual, name, None):
+                fail(f"--{name.replace('_', '-')} has no effect {where}")
 
 
 def paper_row(env_id, model):
@@ -75,10 +122,32 @@ def sections(args_class):
     return found
 
 
-def read(args_class, default, command):
+def read(kind, command=None, **options):
+    """tyro's, whose boxes of errors become a line."""
+    import tyro  # here, not at the top: the simulators' processes do not need it
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=command, **options)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    box = [line.strip("│| ") for line in said.getvalue().splitlines()[1:-1]]  # up to a rule or an empty line
+    message = " ".join(box[: next((i for i, line in enumerate(box) if not line.strip("─-")), None)])
+    groups = [kind] if dataclasses.is_dataclass(kind) else kind.__annotations__.values()
+    known = [f"--{field.name.replace('_', '-')}" for group in groups for field in dataclasses.fields(group)]
+    words = [word.split("=")[0].replace("_", "-") for word in (sys.argv[1:] if command is None else command)]
+    strange = [word for word in words if word.startswith("--") and word.replace("--no-", "--") not in known]
+    nearest = sum((difflib.get_close_matches(word, known, 1, 0.7) for word in strange), [])
+    hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+    fail(f"{message.rstrip('.')}{hint} (--help lists all flags)")
+
+
+def read_groups(args_class, default, command):
     """One reading of the command line. --help has a group for each section of Args, as tyro makes one of
     every nested dataclass."""
-    import tyro  # here, not at the top: the simulators' processes do not need it
+    import tyro
 
     types, groups = {field.name: field.type for field in dataclasses.fields(args_class)}, {}
     for title, flags in sections(args_class).items():
@@ -88,10 +157,10 @@ def read(args_class, default, command):
         title: group(*(getattr(default, field.name) for field in dataclasses.fields(group)))
         for title, group in groups.items()
     }
-    told = tyro.cli(
-        TypedDict("Flags", groups), args=command, default=chosen, config=(tyro.conf.OmitArgPrefixes,)
-    )
-    return args_class(**{name: value for group in told.values() for name, value in vars(group).items()})
+    told = read(TypedDict("Flags", groups), command, default=chosen, config=(tyro.conf.OmitArgPrefixes,))
+    args = args_class(**{name: value for group in told.values() for name, value in vars(group).items()})
+    check_effects(args, default)
+    return args
 
 
 def parse(args_class, defaults, command=None):
@@ -103,7 +172,7 @@ def parse(args_class, defaults, command=None):
     for name in ("env_id", "model"):
         usual = getattr(args_class, name)
         choice.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="?", default=usual, const=usual)
-    args = read(args_class, defaults(**vars(choice.parse_known_args(command)[0])), command)
+    args = read_groups(args_class, defaults(**vars(choice.parse_known_args(command)[0])), command)
     run = unfinished_run(args) if args.resume == "auto" else args.resume
     if not run:
         args.resume = ""
@@ -112,7 +181,7 @@ def parse(args_class, defaults, command=None):
         before = args_class(**json.loads(Path(run, "args.json").read_text()))
     except (OSError, TypeError, ValueError):
         fail(f"--resume {run}: no folder of a run of this script")
-    args = read(args_class, before, command)
+    args = read_groups(args_class, before, command)
     for name, value in dataclasses.asdict(before).items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')}"
@@ -125,9 +194,8 @@ def unfinished_run(args):
     """The newest run of this script, environment and seed that has saved something and did not end."""
     folders = Path(args.run_dir).glob(f"{glob.escape(f'{args.env_id}__{args.exp_name}__{args.seed}')}__*")
     saved = [folder for folder in folders if any(folder.glob("resume/*.rank0of*.safetensors"))]
-    return max(
-        (f for f in saved if not (f / "learning_curve.png").exists()), default="", key=lambda f: f.name
-    )
+    unfinished = [folder for folder in saved if not (folder / "learning_curve.png").exists()]
+    return max(unfinished, default="", key=lambda folder: folder.name)
 
 
 def launcher():

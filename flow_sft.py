@@ -20,18 +20,18 @@ pre-training, in two parts:
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 
-from envs import make_envs, select_rows
-from flags import fail
+from envs import find_simulator, make_envs, select_rows
+from flags import check_effects, check_ranges, fail, read
+from layouts import check_output
 from pi_models import TINY, Policy, load_policy, save_policy
 from simulators.metaworld import METAWORLD
 
@@ -60,7 +60,7 @@ class Args:
     """peak of the one-cycle schedule"""
     num_threads: int = 1
     """CPU threads of torch"""
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     """cpu or cuda"""
     pretrain: bool = False
     """run stage 0 instead: the tiny VLM, then the action expert"""
@@ -224,25 +224,50 @@ def pretrain(args):
     policy.stats = action_statistics(obs, actions)
     finetune(policy, obs, actions, args.play_steps, args.pretrain_learning_rate, args.batch_size, generator)
     card = TINY_CARD.format(args=args, found=found, pairs=len(rows))
-    save_policy(policy, args.output or "checkpoints/tiny", card)
+    save_policy(policy, args.output, card)
+
+
+def check(args):
+    """The user's mistakes, before anything is built or trained."""
+    check_ranges(args)
+    check_effects(args, Args())
+    changed = {name for name, value in vars(args).items() if value != getattr(Args, name)}
+    stage_0 = {"vlm_steps", "play_steps", "play_episodes", "sloppiness", "pretrain_learning_rate"}
+    stage_1 = {"checkpoint", "num_envs", "num_demos", "total_steps", "learning_rate"}
+    for name in sorted(changed & (stage_1 if args.pretrain else stage_0)):
+        fail(f"--{name.replace('_', '-')} has no effect {'with' if args.pretrain else 'without'} --pretrain")
+    for wrong, message in [
+        (args.pretrain and not args.env_id.startswith("tabletop"), "--pretrain is for the tabletop only"),
+        (not hasattr(find_simulator(args.env_id), "expert_action"), f"{args.env_id} has no scripted expert"),
+        (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
+    ]:
+        if wrong:
+            fail(message)
+    check_output("--output", args.output)
 
 
 def main(args):
+    usual = "checkpoints/tiny" if args.pretrain else f"checkpoints/{args.env_id}-sft"
+    args = replace(args, output=args.output or usual)
+    check(args)
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
     if args.pretrain:
         return pretrain(args)
     envs = make_envs(args.env_id, args.num_envs, args.seed, partial_reset=False, obs_mode=args.obs_mode)
     policy = load_policy(args.checkpoint, args.device)
+    fits = args.checkpoint == "tiny" and args.env_id.split("_")[0] != "tabletop"  # is made to
+    if not fits:
+        policy.check_robot(*(envs.single_observation_space["state"].shape + envs.single_action_space.shape))
     obs, actions = collect_demonstrations(envs, args.num_demos, policy.config.horizon)
     envs.close()
-    if args.checkpoint == "tiny" and args.env_id.split("_")[0] != "tabletop":
+    if fits:
         policy.fit_robot(obs["state"].shape[1], actions.shape[2], action_statistics(obs, actions))
     policy.fit_prompts(envs.prompts)
     generator = torch.Generator().manual_seed(args.seed)
     loss = finetune(policy, obs, actions, args.total_steps, args.learning_rate, args.batch_size, generator)
     card = SFT_CARD.format(args=args, pairs=len(actions), loss=loss)
-    save_policy(policy, args.output or f"checkpoints/{args.env_id}-sft", card)
+    save_policy(policy, args.output, card)
 
 
 TINY_CARD = """# tiny pi0, pre-trained
@@ -274,4 +299,4 @@ Evaluate it with `python evaluate.py --checkpoints checkpoints/{args.env_id}-sft
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(read(Args))

@@ -30,6 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import layouts
 import pi_models
 
 
@@ -357,8 +358,6 @@ class Policy(pi_models.Policy):
 
     def files(self):
         """What save_policy writes, by name: one robot's layers among all, where others are known."""
-        from safetensors.torch import save
-
         tensors, c = {key: value.cpu() for key, value in self.state_dict().items()}, self.config
         for key in filter(OF_ROBOTS.match, tensors):
             mine = tensors[key].t()
@@ -373,7 +372,7 @@ class Policy(pi_models.Policy):
         return {
             "config.json": json.dumps(told, indent=1).encode(),
             STATS: json.dumps(metadata, indent=1).encode(),
-            "model.safetensors": save(tensors, metadata={"format": "pt"}),
+            "model.safetensors": tensors,
         }
 
 
@@ -447,7 +446,7 @@ def read_stats(folder, tensors):
     file = folder / STATS
     if not file.is_file():
         return {}
-    metadata = dict(json.loads(file.read_text()))
+    metadata = layouts.read_json(file)
     if len(metadata) != 1:
         raise ValueError(f"has statistics of {len(metadata)} robots ({', '.join(metadata)}): keep one")
     (robot,) = metadata.values()
@@ -493,4 +492,4 @@ def read_config(tensors, told):
     }
     if "vision_heads" not in written and sizes["vision_width"] != usual.vision_width:
         raise ValueError("has no config.json with vision_heads, which cannot be seen in the weights")
-    return pi_models.make_config(GrootConfig, tensors, sizes, rest, written)
+    return layouts.make_config(GrootConfig, tensors, sizes, rest, written)

@@ -17,7 +17,6 @@ paper's: tau = 0 (noise) -> 1 (action), velocity = action - noise. `Policy.veloc
 and nothing else does.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -26,7 +25,6 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import PickleError
 from typing import NamedTuple
 
 import numpy as np
@@ -34,11 +32,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import layouts
 from flags import fail
-
-CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-STATISTICS = {"pi0": ("mean", "std"), "pi05": ("q01", "q99"), "gr00t": ("min", "max")}  # that normalise
-TOKENIZERS = {"paligemma": "google/paligemma-3b-pt-224", "qwen3": "Qwen/Qwen3-1.7B", "words": "tiny"}
+from layouts import CHECKPOINTS, STATISTICS, TOKENIZERS, save_policy  # noqa: F401  # the other half of load_policy
 
 
 @dataclass
@@ -496,95 +492,17 @@ class Policy(nn.Module):
 
     def files(self):
         """What save_policy writes, by name."""
-        from safetensors.torch import save
-
-        tensors = {their_key(key): value.cpu().contiguous() for key, value in self.state_dict().items()}
+        tensors = {
+            layouts.their_key(key): value.cpu().contiguous() for key, value in self.state_dict().items()
+        }
         return {
             "config.json": json.dumps(dataclasses.asdict(self.config), indent=1).encode(),
             "norm_stats.json": json.dumps({"norm_stats": self.stats}, indent=1).encode(),
-            "model.safetensors": save(tensors, metadata={"format": "pt"}),
+            "model.safetensors": tensors,
         }
 
 
 # ------------------------------------------------------------------------------------------------------ files
-
-# ours -> openpi's, the layout that most tools read. The word embedding is stored as the tied lm_head.
-OPENPI = {
-    "vision_tower.": "paligemma_with_expert.paligemma.model.vision_tower.vision_model.",
-    "multi_modal_projector.": "paligemma_with_expert.paligemma.model.multi_modal_projector.linear.",
-    "language_model.embed_tokens.": "paligemma_with_expert.paligemma.lm_head.",
-    "language_model.": "paligemma_with_expert.paligemma.model.language_model.",
-    "expert.": "paligemma_with_expert.gemma_expert.model.",
-}
-
-# anyone's -> ours, one rule after the other: openpi, RLinf, lerobot (hub, trained, old), transformers
-RENAMED = [
-    (r"\b(_orig_mod|module)\.", ""),  # torch.compile's and DDP's
-    (r"^model\.(?!vlm\.|dit\.)", ""),
-    (r"^(paligemma_with_expert\.)?paligemma\.(model\.)?|^model\.vlm\.", ""),
-    (r"^(paligemma_with_expert\.)?gemma_expert\.(model\.)?|^model\.dit\.", "expert."),
-    (r"^embed_action_time\.", ""),
-    (r"^vision_tower\.vision_model\.", "vision_tower."),
-    (r"^multi_modal_projector\.linear\.", "multi_modal_projector."),
-    (r"^language_model\.model\.", "language_model."),
-    (r"^(language_model\.)?lm_head\.", "language_model.embed_tokens."),  # tied: one is stored, or both
-    (r"^noise_head\.mlp_logvar\.moduleList\.(\d)\.linear_1\.", lambda m: f"noise_head.mlp.{2 * int(m[1])}."),
-]
-UNUSED = r"^expert\.(lm_head|embed_tokens)\.|^(un)?normalize_|logvar_(min|max)$"  # by the networks
-NEITHER, STATS = "neither a pi0 nor a pi0.5", "norm_stats.json"
-WEIGHTS = "full_weights.pt", "model_state_dict/full_weights.pt", "actor/model_state_dict/full_weights.pt"
-
-
-def their_key(key):
-    prefix = next((p for p in OPENPI if key.startswith(p)), "")
-    return OPENPI.get(prefix, "") + key[len(prefix) :]
-
-
-def our_key(key):
-    for pattern, ours in RENAMED:
-        key = re.sub(pattern, ours, key)
-    return key
-
-
-def read_tensors(folder):
-    """All tensors of a folder under their own names: safetensors, in one file or more, or RLinf's .pt."""
-    from safetensors.torch import load_file
-
-    files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("policy_p")]
-    for index in folder.glob("*.safetensors.index.json"):
-        gone = set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in files}
-        if gone:
-            raise ValueError(f"has no {', '.join(sorted(gone))}, which its index lists")
-    if files:
-        return {key: tensor for file in files for key, tensor in load_file(file).items()}
-    for file in (folder / name for name in WEIGHTS):
-        if file.is_file():
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-                raise ValueError(f"has a {file.name} that is no dictionary of tensors")
-            return tensors
-    raise ValueError("has no model.safetensors, and no weights under another name that is known here")
-
-
-def read_stats(folder, tensors):
-    """Statistics of state and actions: norm_stats.json, here or in a folder below (openpi), or lerobot's."""
-    from safetensors.torch import load_file
-
-    files = [folder / "norm_stats.json"]
-    files = files if files[0].is_file() else sorted(folder.glob("**/norm_stats.json"))
-    if len(files) > 1:
-        names = ", ".join(str(file.relative_to(folder)) for file in files)
-        raise ValueError(f"has several norm_stats.json ({names}): copy the right one up into the folder")
-    if files:
-        return dict(json.loads(files[0].read_text())).get("norm_stats", {})
-    for file in sorted(folder.glob("policy_p*_normalizer_processor.safetensors")):
-        tensors = tensors | load_file(file)
-    stats = {"state": {}, "actions": {}}
-    for key, tensor in tensors.items():  # "observation.state.mean", "normalize_targets.buffer_action.mean"
-        found = re.search(r"(observation[._]state|\baction|_action)\.(mean|std|q01|q99)$", key)
-        if found and tensor.isfinite().all():  # lerobot's buffers are infinite until they are filled
-            stats["state" if "state" in found[1] else "actions"][found[2]] = tensor.tolist()
-    return stats
 
 
 def read_config(tensors, told):
@@ -618,104 +536,45 @@ def read_config(tensors, told):
     }
     if "vision_heads" not in told and sizes["vision_width"] != usual.vision_width:
         raise ValueError("has no config.json with vision_heads, which cannot be seen in the weights")
-    return make_config(PiConfig, tensors, sizes, rest, told if "vision_heads" in told else {})
-
-
-def make_config(kind, tensors, sizes, rest, written):
-    """With the sizes of heads and adapters; the rest as save_policy has `written` it, or else as guessed."""
-    head = [tuple(tensors[key].shape) for key in tensors if re.match(r"value_head\.mlp\.\d+\.weight$", key)]
-    if head:
-        inputs = {sizes["expert_width"]: "expert", sizes["width"] + sizes["state_dim"]: "vlm"}
-        sizes |= {"critic": inputs.get(head[0][1], ""), "critic_layers": len(head)}
-        if not sizes["critic"] or [rows for rows, _ in head[:-1]] != [512 >> i for i in range(len(head) - 1)]:
-            print(f"note: its value head, {head}, is of another kind than ours and left out", file=sys.stderr)
-            sizes["critic"] = ""
-    ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith(".lora_a")}
-    sizes |= {"lora_rank": max(ranks)} if ranks else {}
-    for key in tensors:  # RLinf stores logarithms of variances
-        if re.search(r"logvar_(min|max)$", key):
-            sizes[f"noise_std_{key[-3:]}"] = math.exp(0.5 * tensors[key].item())
-    ours = {field.name: field.type for field in dataclasses.fields(kind)}
-    strangers = [f"{key} {value!r}" for key, value in written.items() if type(value) is not ours.get(key)]
-    if strangers:
-        raise ValueError(f"has a config.json that cannot be read: {', '.join(strangers)}")
-    wrong = [key for key, size in sizes.items() if written.get(key, size) != size]
-    if wrong:
-        wrong = ", ".join(f"{key} is {sizes[key]} and not {written[key]}" for key in wrong)
-        raise ValueError(f"is of another architecture than its config.json: {wrong}")
-    return kind(**rest | written | sizes)
-
-
-@contextlib.contextmanager
-def parameters_on_meta():
-    """Modules built here have no memory for their parameters, only for what is not in a checkpoint."""
-    real = nn.Module.register_parameter
-
-    def register(module, name, parameter):
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        real(module, name, parameter)
-
-    nn.Module.register_parameter = register
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = real
-
-
-def download(name):
-    """The folder of a hub id, from the cache or the network."""
-    from huggingface_hub import snapshot_download
-
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.is_dir():
-        fail(f"checkpoint '{name}' does not exist: neither a folder nor the id of a model on the hub")
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.pt"]))
-    except Exception as error:  # whatever went wrong on the way
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = f"where there is a network, do `hf download {name} --local-dir FOLDER`, bring it here"
-        fail(f"checkpoint '{name}' cannot be downloaded ({reason}); {advice} and pass its path")
+    return layouts.make_config(PiConfig, tensors, sizes, rest, told if "vision_heads" in told else {})
 
 
 def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
     """A folder of `save_policy`, openpi, lerobot, transformers or RLinf; a hub id; "tiny" or "tiny-gr00t"."""
     folder = CHECKPOINTS / path_or_name if path_or_name in ("tiny", "tiny-gr00t") else Path(path_or_name)
-    folder = folder if folder.is_dir() else download(str(path_or_name))
+    folder = folder if str(path_or_name) and os.path.isdir(folder) else layouts.download(str(path_or_name))
     import gr00t_models  # which begins with what is above
 
-    family = sys.modules[__name__]  # the module that knows the networks and names of the files
+    family, names = sys.modules[__name__], layouts  # who knows the networks, and the names in the files
     try:
-        theirs, file = read_tensors(folder), folder / "config.json"
-        told = dict(json.loads(file.read_text())) if file.is_file() else {}
-        family = gr00t_models if any(gr00t_models.MINE in key for key in theirs) else family
-        tensors = {family.our_key(key): tensor for key, tensor in theirs.items()}
+        theirs, file = layouts.read_tensors(folder), folder / "config.json"
+        told = layouts.read_json(file) if file.is_file() else {}
+        if any(gr00t_models.MINE in key for key in theirs):
+            family = names = gr00t_models
+        tensors = layouts.rename(theirs, names.our_key)
         config = family.read_config(tensors, told)
-        stats = family.read_stats(folder, theirs)
-        wanted = [(key, s) for key in ("state", "actions") for s in STATISTICS[config.variant]]
-        absent = [f"{s} of {key}" for key, s in wanted if s not in stats.get(key, {})]
-        if absent:
-            raise ValueError(f"has no {', '.join(absent)}: copy the {family.STATS} of its data there")
-        with parameters_on_meta():
+        stats = layouts.check_stats(names.read_stats(folder, theirs), config, names.STATS)
+        with layouts.parameters_on_meta():
             policy = family.Policy(config, stats)
         tensors = policy.take(tensors, told)
-    except KeyError as error:
-        fail(f"checkpoint '{path_or_name}' is {family.NEITHER}: missing {family.their_key(error.args[0])}")
-    except PickleError:  # torch's own message says how to run what is in there
-        fail(f"checkpoint '{path_or_name}' has a .pt file that holds more than tensors and could run code")
+        ours, used = policy.state_dict(), {key: names.our_key(key) for key in theirs}
+        unused = names.UNUSED if config.critic else names.UNUSED + r"|^value_head\."
+        used = {key: mine for key, mine in used.items() if not re.search(unused, mine)}
+        problems = [f"missing {names.their_key(key)}" for key in ours if key not in tensors]
+        problems += [f"unexpected {key}" for key, mine in used.items() if mine not in ours]
+        shapes = [(k, tuple(tensors[k].shape), tuple(x.shape)) for k, x in ours.items() if k in tensors]
+        problems += [
+            f"{names.their_key(k)} is {has} instead of {own}" for k, has, own in shapes if has != own
+        ]
+        if problems:
+            raise ValueError(f"is of another architecture: {layouts.some(problems, '; ')}")
+        broken = [key for key in used if not layouts.is_sound(theirs[key])]
+        if broken:
+            raise ValueError(f"is broken: NaN, infinity or numbers beyond 1e6 in {layouts.some(broken)}")
+        if (folder / "tokenizer.json").is_file():
+            policy.tokenizer_json = layouts.read_tokenizer(folder / "tokenizer.json", config.vocab_size)
     except Exception as error:  # whatever there is in these files
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = what if what.startswith(("has ", "is ")) else f"cannot be read: {what}"
-        fail(f"checkpoint '{path_or_name}' {what}")
-    ours = policy.state_dict()
-    problems = [f"missing {family.their_key(key)}" for key in ours if key not in tensors]
-    unused = family.UNUSED if config.critic else family.UNUSED + r"|^value_head\."
-    strangers = {key: family.our_key(key) for key in theirs if family.our_key(key) not in ours}
-    problems += [f"unexpected {key}" for key, mine in strangers.items() if not re.search(unused, mine)]
-    shapes = [(k, tuple(tensors[k].shape), tuple(x.shape)) for k, x in ours.items() if k in tensors]
-    problems += [f"{family.their_key(k)} is {has} instead of {own}" for k, has, own in shapes if has != own]
-    if problems:
-        listed = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        fail(f"checkpoint '{path_or_name}' is of another architecture: {listed}")
+        layouts.refuse(path_or_name, error, names)
     # what is trained in fp32; what is frozen all in the dtype of its projections, bf16 stays bf16
     theirs.clear()  # from here on a tensor goes as its copy comes
     frozen = tensors["language_model.layers.0.self_attn.q_proj.weight"].dtype
@@ -724,24 +583,4 @@ def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
         module, _, name = key.rpartition(".")
         tensor = tensors.pop(key).to(torch.float32 if parameter.requires_grad else frozen)
         setattr(policy.get_submodule(module), name, nn.Parameter(tensor, parameter.requires_grad))
-    if (folder / "tokenizer.json").is_file():
-        try:
-            policy.tokenizer_json = (folder / "tokenizer.json").read_text()
-            policy.tokenizer()
-        except Exception as error:  # of no narrower class
-            fail(f"checkpoint '{path_or_name}': tokenizer.json cannot be read: {str(error).splitlines()[0]}")
     return policy.to(device).eval()
-
-
-def save_policy(policy: Policy, folder: str | os.PathLike, card="", args: dict | None = None):
-    """Weights, sizes, statistics, tokenizer, card, flags of the run. Files are replaced atomically."""
-    folder, files = Path(folder), {"README.md": card.encode(), **policy.files()}
-    if args:
-        files["args.json"] = json.dumps(args, indent=1).encode()
-    if policy.tokenizer_json:
-        files["tokenizer.json"] = policy.tokenizer_json.encode()
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{name}.tmp"
-        temporary.write_bytes(content)
-        os.replace(temporary, folder / name)

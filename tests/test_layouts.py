@@ -9,6 +9,7 @@ import os
 import pickle
 import resource
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from test_models import check_velocity, close, reference
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
-from pi_models import PiConfig, Policy, load_policy, parameters_on_meta, read_config, save_policy
+import layouts
+from layouts import parameters_on_meta
+from pi_models import PiConfig, Policy, load_policy, read_config, save_policy
 
 VLM, EXPERT = "paligemma_with_expert.paligemma.", "paligemma_with_expert.gemma_expert."
 EMBEDDING, LM_HEAD = VLM + "model.language_model.embed_tokens.weight", VLM + "lm_head.weight"
@@ -294,6 +297,150 @@ def test_missing_shard_of_whole_layers(tmp_path, one_line_error):
     assert SHARDS[1] in one_line_error(load_policy, tmp_path)
 
 
+def edit(name, **told):
+    """Other values in a JSON file, or in its norm_stats."""
+
+    def damage(folder):
+        read = json.loads((folder / name).read_text())
+        (read["norm_stats"] if "norm_stats" in read else read).update(told)
+        (folder / name).write_text(json.dumps(read))
+
+    return damage
+
+
+def part(key, **changed):
+    return edit(NORM_STATS, **{key: {s: v for s, v in (STATS[key] | changed).items() if v is not None}})
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def in_pt(make):
+    """The first weight of RLinf's .pt in another form."""
+
+    def damage(folder):
+        tensors = torch.load(folder / PT)
+        key = "action_in_proj.weight"
+        torch.save(tensors | {key: make(tensors[key])}, folder / PT)
+
+    return damage
+
+
+def second_file(**tensors):
+    return lambda folder: save_file(tensors, folder / "more.safetensors")
+
+
+def spoiled(number, key="action_in_proj.weight", layout="openpi"):
+    """One number of one tensor."""
+
+    def damage(folder):
+        tensors = load_file(folder / ONE)
+        tensors[key].view(-1)[7] = number
+        save_file(tensors, folder / ONE)
+
+    return layout, damage, f"NaN, infinity or numbers beyond 1e6 in {key}"
+
+
+BROKEN = {  # would load, or fail somewhere later: (layout, how, what the message has to say)
+    "NaN": spoiled(math.nan),
+    "NaN in the VLM": spoiled(math.nan, LM_HEAD),
+    "infinity": spoiled(math.inf),
+    "minus infinity": spoiled(-math.inf, VLM + "model.language_model.layers.0.mlp.gate_proj.weight"),
+    "a flipped exponent": spoiled(3e37),
+    "whole numbers": ("openpi", change(action_in_proj__bias=torch.ones(32).int()), "action_in_proj.bias"),
+    "one key in two files": (
+        "openpi", second_file(**{"action_in_proj.bias": torch.ones(32)}), "bias twice, in mod",
+    ),
+    "untied": ("tied", spoiled(1.0, EMBEDDING)[1], "has two values of one tensor"),
+    "meta": ("pt", in_pt(lambda x: x.to("meta")), "no dictionary of plain tensors"),
+    "quantised": (
+        "pt", in_pt(lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)), "no dictionary of plain",
+    ),
+    "sparse": ("pt", in_pt(lambda x: x.to_sparse()), "no dictionary of plain tensors"),
+    "one number for all": ("pt", in_pt(lambda x: torch.ones(1).expand(x.shape)), "no dictionary of plain"),
+    "half of a pair": ("pt", in_pt(lambda x: x + 0j), "NaN, infinity or numbers"),
+    "NaN of a mean": ("openpi", part("state", mean=[math.nan, 0, 0, 0]), "mean of state"),
+    "a number as words": ("openpi", part("actions", std=["1", "1", "1"]), "std of actions"),
+    "truth": ("openpi", part("actions", mean=[True, 0, 0]), "mean of actions"),
+    "no list": ("openpi", part("actions", mean=0.5), "mean of actions"),
+    "nested": ("openpi", part("actions", mean=[[0, 0, 0]]), "mean of actions"),
+    "beyond floats": ("openpi", part("actions", mean=[10**400, 0, 0]), "mean of actions"),
+    "negative std": (
+        "openpi", part("state", std=[1, -1, 1, 1]), "std of state in its statistics is negative",
+    ),
+    "shorter std": ("openpi", part("state", std=[1, 1, 1]), "has 3 numbers (mean: 4"),
+    "too many": ("openpi", part("actions", **dict.fromkeys(STATS["state"], [0.5] * 33)), "at most 32"),
+    "none": ("openpi", part("actions", **dict.fromkeys(STATS["state"], [])), "has 0 numbers"),
+    "no std": ("openpi", part("actions", std=None), "has no std of actions"),
+    "statistics of a list": ("openpi", write(NORM_STATS, b'{"norm_stats": []}'), "cannot be read"),
+    "norm_stats.json cut off": (
+        "openpi", write(NORM_STATS, b'{"norm_stats": {"sta'), "norm_stats.json that cannot",
+    ),
+    "no statistics in it": ("openpi", write(NORM_STATS, b"{}"), "has no mean of state"),
+    "no horizon": ("openpi", edit("config.json", horizon=0), "its horizon is 0"),
+    "negative horizon": ("openpi", edit("config.json", horizon=-3), "its horizon is -3"),
+    "no tokens": ("openpi", edit("config.json", max_token_len=0), "its max_token_len is 0"),
+    "a horizon as words": ("openpi", edit("config.json", horizon="6"), "horizon '6'"),
+    "lerobot's as words": (
+        "openpi", write("config.json", b'{"vision_heads": 4, "chunk_size": "6"}'), "chunk_size",
+    ),
+    "odd heads": ("openpi", edit("config.json", vision_heads=5), "vision_heads is 5 and has to be a divisor"),
+    "no heads": ("openpi", edit("config.json", vision_heads=0), "its vision_heads is 0"),
+    "swapped noise": (
+        "openpi", edit("config.json", noise_std_min=0.5, noise_std_max=0.1), "its noise_std_min is 0.5",
+    ),
+    "NaN of noise": ("openpi", edit("config.json", noise_std_min=math.nan), "its noise_std_min is nan"),
+    "another critic": ("openpi", edit("config.json", critic="both"), "its critic is 'both'"),
+    "layers": ("openpi", edit("config.json", critic_layers=20), "its critic_layers is 20"),
+    "deltas": ("openpi", edit("config.json", delta_actions=33), "its delta_actions is 33"),
+    "another tokenizer": ("openpi", edit("config.json", tokenizer="sp"), "its tokenizer is 'sp'"),
+    "config.json of a list": ("openpi", write("config.json", b"[1]"), "config.json that cannot be read"),
+    "config.json is empty": ("openpi", write("config.json", b""), "config.json that cannot be read"),
+    "config.json too deep": ("openpi", write("config.json", b"[" * 10**5), "config.json that cannot be read"),
+    "config.json no text": ("openpi", write("config.json", b"\xff\xfe{"), "config.json that cannot be read"),
+    "empty weights": ("openpi", write(ONE, b""), "cannot be read"),
+    "empty pt": ("pt", write(PT, b""), "cannot be read"),
+    "index of a list": ("shards", write(f"{ONE}.index.json", b'{"weight_map": []}'), "has no weight_map"),
+    "index cut off": (
+        "shards", write(f"{ONE}.index.json", b'{"weight_map": {"a'), "index.json that cannot be read",
+    ),
+    "tokenizer cut off": (
+        "openpi", write("tokenizer.json", b'{"version": "1'), "tokenizer.json that cannot be read",
+    ),
+    "tokenizer no text": (
+        "openpi", write("tokenizer.json", b"\xff" * 9), "tokenizer.json that cannot be read",
+    ),
+}  # fmt: skip  # a table
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_broken(tmp_path, damage, one_line_error):
+    layout, how, says = BROKEN[damage]
+    how(lay(tmp_path, layout))
+    message = one_line_error(load_policy, str(tmp_path))
+    assert str(tmp_path) in message and says in message, message
+
+
+def test_broken_quantiles(tmp_path, one_line_error):
+    for i, changed in enumerate([{"q01": [0.5] * 3, "q99": [0.5, 1, 1]}, {"q01": [2] * 3}]):
+        part("actions", **changed)(lay(tmp_path / str(i), "openpi", "pi05"))
+        assert "q01 of actions in its statistics is not below q99" in one_line_error(
+            load_policy, tmp_path / str(i)
+        )
+    part("actions", q01=[2] * 3)(lay(tmp_path / "pi0"))
+    assert (
+        one_line_error is not None and load_policy(tmp_path / "pi0").config.variant == "pi0"
+    )  # not read there
+
+
+def test_tokenizers_of_others(tmp_path, one_line_error):
+    lay(tmp_path)
+    for model in (models.WordLevel({"?": 0, "pick": 96}, unk_token="?"), models.WordPiece({"pick": 1})):
+        (tmp_path / "tokenizer.json").write_text(Tokenizer(model).to_str())
+        assert "has a tokenizer.json" in one_line_error(load_policy, tmp_path)
+
+
 class MakesFolder(str):
     """What unpickles by calling os.mkdir."""
 
@@ -350,9 +497,10 @@ def test_saved_again(tmp_path, layout, variant):
     source.mkdir()
     (lay(source, layout, variant) / "tokenizer.json").write_text(words())
     policy, openpi = load_policy(source), reference(variant)
-    for folder in (target, source):  # also over the file that the tensors may lie in
-        save_policy(policy, folder)
-        again = load_policy(folder)
+    again = policy
+    for _ in range(2):  # also over the file that the tensors may lie in
+        save_policy(again, target)
+        again = load_policy(target)
         ours, theirs = policy.state_dict(), again.state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
         assert again.config == policy.config and again.stats == policy.stats
@@ -362,6 +510,85 @@ def test_saved_again(tmp_path, layout, variant):
         assert torch.equal(*v)
     names = {"README.md", "config.json", ONE, "norm_stats.json", "tokenizer.json"}
     assert {file.name for file in target.iterdir()} == names
+
+
+def test_nothing_broken_is_saved(tmp_path):
+    policy = make_policy()
+    save_policy(policy, tmp_path / "a")
+    before = (tmp_path / "a" / ONE).read_bytes()
+    for number in (math.nan, math.inf, 1e30):
+        with torch.no_grad():
+            policy.action_in_proj.bias[1] = number
+        with pytest.raises(RuntimeError, match="action_in_proj.bias"):
+            save_policy(policy, tmp_path / "a")
+        assert (tmp_path / "a" / ONE).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_of_others_stay(tmp_path):
+    """The folder is replaced, so it must be the policy's own."""
+    policy = make_policy()
+    save_policy(policy, tmp_path / "a")
+    (tmp_path / "a" / "notes").mkdir()
+    (tmp_path / "a" / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="notes/mine.txt"):
+        save_policy(policy, tmp_path / "a")
+    assert (tmp_path / "a" / "notes" / "mine.txt").read_text() == "mine"
+    (tmp_path / "b").symlink_to(tmp_path / "c")  # of a link, what it points to
+    save_policy(policy, tmp_path / "b")
+    assert (tmp_path / "b").is_symlink() and load_policy(tmp_path / "c")
+
+
+def dying(function, folder, step):
+    """Runs it in a child that is gone at its n-th file operation. Did it end before?"""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def audit(event, args):
+            nonlocal count
+            count += event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+            count += event == "open" and (args[1] == "w" or str(args[0]) == str(folder))
+            if count > step:
+                os._exit(9)
+
+        try:
+            sys.addaudithook(audit)
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 0
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_killed_while_saving(tmp_path, at_once, monkeypatch):
+    """At any moment: the old folder or the new one, whole. The first save: none, or a whole one."""
+    old, new = make_policy(seed=0), make_policy(seed=1, horizon=3)
+    folder, states, seen = tmp_path / "a", [p.state_dict() for p in (old, new)], []
+    if not at_once:
+        monkeypatch.setattr(layouts.ctypes, "CDLL", lambda _: None)  # as where no system call swaps
+    for first in (True, False)[not at_once :]:
+        for step in range(200):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not first:
+                save_policy(old, folder)
+            ended = dying(lambda: save_policy(new, folder), tmp_path, step)
+            if folder.exists() or not first and at_once:
+                again = load_policy(folder)
+                (which,) = [
+                    i
+                    for i, s in enumerate(states)
+                    if all(s[k].equal(x) for k, x in again.state_dict().items())
+                ]
+                assert again.config == (old, new)[which].config
+                seen.append((first, which))
+            if ended:
+                break
+        assert ended and seen[-1] == (first, 1) and step > 10
+    assert not list(folder.parent.glob(".a.*"))  # the next save clears what a killed one left
+    assert set(seen) == ({(True, 1), (False, 0), (False, 1)} if at_once else {(False, 0), (False, 1)})
 
 
 def see(policy, state, prompt="go"):

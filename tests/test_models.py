@@ -24,6 +24,7 @@ from transformers.models.gemma.modeling_gemma import (
     apply_rotary_pos_emb,
 )
 
+import layouts
 import pi_models
 from pi_models import TINY, AdaRMSNorm, PiConfig, Policy, load_policy, save_policy
 
@@ -59,7 +60,7 @@ def reference(variant):
         ),
         STATS,
     ).eval()
-    keys = {key: pi_models.their_key(key) for key in policy.state_dict()}
+    keys = {key: layouts.their_key(key) for key in policy.state_dict()}
     policy.load_state_dict({key: weights[theirs] for key, theirs in keys.items()})
     policy.requires_grad_(True)
     inputs = {

@@ -1,0 +1,303 @@
+"""What goes wrong around a run, many times over: how often it ends in a line that helps, and how often not.
+
+    python benchmark/faults.py                                  # all parts
+    python benchmark/faults.py --only flags --cases 300 --seed 0
+
+checkpoints    checkpoints/tiny, damaged, against `load_policy` and one look at a picture
+flags          command lines with one mistake in them, against the five scripts, up to their first step
+
+Each case is drawn with --seed and runs in a forked child. It has to end with exit code 2 and at most two lines.
+Not everything can be seen: a flipped bit may leave another usual number. Such a policy is accepted; it is
+counted apart if what it gives is finite.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from flags import parse, read  # noqa: E402
+from pi_models import load_policy  # noqa: E402
+
+SCRIPTS = "flow_sde_ppo", "flow_noise_ppo", "flow_sde_grpo", "flow_sft", "evaluate"
+ENDS = "refused", "traceback", "killed", "longer", "accepted"
+NOT_FINITE = 3  # exit code of a policy that was accepted and gives NaN
+
+
+def attempt(function, *args, limit=60):
+    """How a forked child ends that calls it, one of ENDS, its exit code, and what it said on stderr."""
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                os.dup2(said.fileno(), 2)
+                signal.alarm(limit)
+                function(*args)
+                code = 0
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        text = said.read()
+    if code < 0:
+        return "killed", code, text
+    if "Traceback" in text or code == 1:
+        return "traceback", code, text
+    if code == 2:
+        return "refused" if text.count("\n") <= 2 else "longer", code, text
+    return "accepted", code, text
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def cut_off(folder, rng):
+    """A file that ends too early, in the middle or before its first byte."""
+    file = rng.choice(["model.safetensors", "config.json", "norm_stats.json", "tokenizer.json"])
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: rng.choice([0, rng.randrange(len(content) - 2)])])
+
+
+def missing(folder, rng):
+    os.remove(folder / rng.choice(["model.safetensors", "config.json", "norm_stats.json", "tokenizer.json"]))
+
+
+def flip(file, first, last, rng):
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(first, last(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+
+
+def bit_of_header(folder, rng):
+    file = folder / "model.safetensors"
+    size = int.from_bytes(file.read_bytes()[:8], "little")
+    flip(file, 0, lambda _: 8 + size, rng)
+
+
+def bit_of_weight(folder, rng):
+    file = folder / "model.safetensors"
+    flip(file, 8 + int.from_bytes(file.read_bytes()[:8], "little"), len, rng)
+
+
+def bit_of_text(folder, rng):
+    flip(folder / rng.choice(["config.json", "norm_stats.json", "tokenizer.json"]), 0, len, rng)
+
+
+def change_tensor(folder, change, rng):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    key = rng.choice(sorted(tensors))
+    change(tensors, key)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def no_number(folder, rng):
+    def change(tensors, key):
+        tensors[key].view(-1)[rng.randrange(tensors[key].numel())] = rng.choice([np.nan, np.inf, -np.inf])
+
+    change_tensor(folder, change, rng)
+
+
+def other_shape(folder, rng):
+    def change(tensors, key):
+        x = tensors.pop(key)
+        kind = rng.choice(["gone", "longer", "flat", "stranger"])
+        other = {"longer": torch.cat([x, x]), "flat": x[None]}
+        tensors |= {"gone": {}, "stranger": {key: x, key + "x": x.clone()}}.get(kind) or (
+            {key: other[kind]} if kind in other else {}
+        )
+
+    change_tensor(folder, change, rng)
+
+
+def bad_size(folder, rng):
+    told = json.loads((folder / "config.json").read_text())
+    names = ["horizon", "max_token_len", "vision_heads", "critic_layers", "depth", "head_dim", "action_dim"]
+    told[rng.choice(names)] = rng.choice([0, -1, "4", None, 1e9, 10**12, [4], True, 4.5])
+    (folder / "config.json").write_text(json.dumps(told))
+
+
+def bad_statistics(folder, rng):
+    told = json.loads((folder / "norm_stats.json").read_text())
+    part = told["norm_stats"][rng.choice(["state", "actions"])]
+    name = rng.choice(["mean", "std"])
+    bad = [np.nan, np.inf, 1e30, "0", None, [0.5]] + [-1.0] * (name == "std")
+    how = rng.choice(["number", "gone", "shorter", "longer", "none", "word"])
+    if how == "number":
+        part[name][0] = rng.choice(bad)
+    elif how == "gone":
+        del part[name]
+    else:
+        x = part[name]
+        part[name] = {"shorter": x[1:], "longer": x * 9, "none": [], "word": "mean"}[how]
+    (folder / "norm_stats.json").write_text(json.dumps(told))
+
+
+SEEN = cut_off, missing, bit_of_header, no_number, other_shape, bad_size, bad_statistics  # have to be refused
+UNSEEN = bit_of_weight, bit_of_text  # may leave what is usual
+
+
+def load_and_look(folder):
+    policy = load_policy(folder)
+    obs = {"images": np.zeros((1, 1, 32, 32, 3), np.uint8), "state": np.zeros((1, 4)), "prompt": ["pick up"]}
+    with torch.no_grad():
+        prefix = policy.encode(policy.preprocess(obs))
+        x = torch.zeros(1, policy.config.horizon, policy.config.action_dim)
+        velocity, _ = policy.velocity(prefix, x, torch.zeros(1))
+    actions = policy.postprocess(velocity, obs)
+    if not np.isfinite(actions).all():
+        sys.exit(NOT_FINITE)
+
+
+def checkpoints(cases, rng):
+    """(what is wrong, may it be unseen, how it ended, exit code, what was said) of each case."""
+    load_and_look(ROOT / "checkpoints/tiny")  # imports; as it is it loads
+    for case in range(cases):
+        damage = (SEEN + UNSEEN)[case % len(SEEN + UNSEEN)]
+        with tempfile.TemporaryDirectory() as place:
+            folder = shutil.copytree(ROOT / "checkpoints/tiny", Path(place) / "policy")
+            damage(folder, rng)
+            yield damage.__name__.replace("_", " "), damage in UNSEEN, *attempt(load_and_look, folder)
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+BAD_TEXT = {  # of flags that take any text
+    "exp_name": ["", "../../x", "a/b", ".x", "x" * 300, "a\nb"],
+    "run_dir": ["", "x" * 300, "file/runs", "a\tb", "y/" * 3000],
+    "env_id": ["", "tabletop_nothing", "robots", "../x", "x" * 300, "a\x07b"],
+    "checkpoint": ["", "nowhere", "no/where/at/all", "x" * 300, "file", "empty", "a\nb"],
+    "checkpoints": ["", "nowhere", "x" * 300, "file", "empty"],
+    "output": ["x" * 300, "file", "file/x", "full", "y/" * 3000],
+    "json": ["no/such/folder.json", "x" * 300, "empty", "a\nb"],
+    "capture_video": ["a.mp4", "no/such/folder.gif", "x" * 300],
+    "labels": ["a\nb"],
+}
+NUMBERS = {
+    int: ["-2", str(10**30), "2.5", "x", "", "nan", "1e3"],
+    float: ["nan", "inf", "-1", "1e30", "x", ""],
+}
+
+
+def mistake(script, rng):
+    """(its kind, a command line with one mistake), from the fields of Args."""
+    field = rng.choice(dataclasses.fields(script.Args))
+    flag, kinds = f"--{field.name.replace('_', '-')}", [field.type, *get_args(field.type)]
+    usual = ["--pretrain"] if "stage 0" in (field.metadata.get("help") or "") else []
+    kind = rng.choice(["value", "value", "value", "name", "no value", "stray"])
+    if kind == "name":
+        cut = rng.randrange(3, len(flag))
+        return kind, [flag[:cut] + rng.choice("qz") + flag[cut:], "1"]
+    if kind == "no value" and field.type is not bool and get_origin(field.type) is not tuple:
+        return kind, [flag]
+    if kind == "stray":
+        return kind, [rng.choice(["3", "yes", "-x", "=", "---"])]
+    if field.type is bool:
+        return "yes or no", [flag, rng.choice(["True", "maybe", "1"])]
+    if any(get_origin(k) is Literal for k in kinds):
+        return "choice", [*usual, flag, rng.choice(["nothing", "", "RGB", "None "])]
+    for number in (int, float):
+        if number in kinds:
+            return "number", [*usual, f"{flag}={rng.choice(NUMBERS[number])}"]
+    return "text", [f"{flag}={rng.choice(BAD_TEXT[field.name])}"]
+
+
+def run_script(script, words):
+    """From the command line to the first step, which is the end here."""
+
+    def first_step(*_, **__):
+        os._exit(0)
+
+    for name in ("rollout", "evaluate", "collect_demonstrations", "pretrain", "play_expert"):
+        if hasattr(script, name):
+            setattr(script, name, first_step)
+    algorithm = hasattr(script, "rollout")
+    script.main(parse(script.Args, script.defaults, words) if algorithm else read(script.Args, words))
+
+
+def flags(cases, rng):
+    scripts = [importlib.import_module(name) for name in SCRIPTS]
+    load_and_look(ROOT / "checkpoints/tiny")  # imports
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as place:
+        os.chdir(place)  # where a case may write
+        os.symlink(ROOT / "checkpoints", "checkpoints")
+        Path("file").write_text("")
+        os.makedirs("empty")
+        os.makedirs("full/of/others")
+        Path("full/of/others/mine").write_text("")
+        for case in range(cases):
+            script = scripts[case % len(scripts)]
+            kind, words = mistake(script, rng)
+            end, code, said = attempt(run_script, script, words)
+            yield kind, False, end, code, f"{script.__name__} {words}: {said}"
+        os.chdir(here)
+
+
+# ------------------------------------------------------------------------------------------------------ table
+
+PARTS = {"checkpoints": checkpoints, "flags": flags}
+
+
+def table(part, cases, seed, verbose=False):
+    """{what: its row}: tried, refused, tracebacks and other ends, accepted, accepted where it cannot be seen."""
+    rows = {}
+    for what, may_be_unseen, end, code, said in PARTS[part](cases, random.Random(f"{part} {seed}")):
+        row = rows.setdefault(what, dict.fromkeys(["tried", *ENDS, "unseen"], 0))
+        row["tried"] += 1
+        row["unseen" if end == "accepted" and may_be_unseen and code != NOT_FINITE else end] += 1
+        if verbose and end not in ("refused", "unseen") and not (end == "accepted" and may_be_unseen):
+            print(f"{what}: {end}, code {code}: {said[-1500:]}", file=sys.stderr)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--cases", type=int, help="of each part; default 200 checkpoints, 300 command lines")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="print what was not refused as it should be")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    titles = (
+        "tried",
+        "refused, 2 lines at most",
+        "traceback",
+        "killed",
+        "longer",
+        "accepted",
+        "cannot be seen",
+    )
+    for part in [args.only] if args.only else PARTS:
+        cases = args.cases or {"checkpoints": 200, "flags": 300}.get(part, 100)
+        rows = table(part, cases, args.seed, args.verbose)
+        rows["**all**"] = {key: sum(row[key] for row in rows.values()) for key in next(iter(rows.values()))}
+        print(f"\n| {part}, seed {args.seed} | {' | '.join(titles)} |\n|---{'|---' * len(titles)}|")
+        for what, row in rows.items():
+            print(f"| {what} | {' | '.join(map(str, row.values()))} |")
+
+
+if __name__ == "__main__":
+    main()
