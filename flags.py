@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import math
 import os
 import re
@@ -123,8 +124,9 @@ def read(kind, command=None, **options):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    box = [line.strip("│| ") for line in said.getvalue().splitlines()[1:-1]]  # up to a rule or an empty line
-    message = " ".join(box[: next((i for i, line in enumerate(box) if not line.strip("─-")), None)])
+    lines = [line.strip("│| ") for line in said.getvalue().splitlines()[1:]]  # below the title
+    texts = itertools.groupby(lines, lambda line: bool(line.strip("╭╮╰╯─-")))  # between rules
+    message = " ".join(next((text for is_text, text in texts if is_text), ["not understood"]))
     groups = [kind] if dataclasses.is_dataclass(kind) else kind.__annotations__.values()
     known = [f"--{field.name.replace('_', '-')}" for group in groups for field in dataclasses.fields(group)]
     words = [word.split("=")[0].replace("_", "-") for word in (sys.argv[1:] if command is None else command)]
