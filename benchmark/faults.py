@@ -6,9 +6,9 @@
 checkpoints    checkpoints/tiny, damaged, against `load_policy` and one look at a picture
 flags          command lines with one mistake in them, against the five scripts, up to their first step
 
-Each case is drawn with --seed and runs in a forked child. It should end with exit code 2 and at most two lines.
-Not everything can be seen: a flipped bit may leave another usual number. Such a policy is accepted; it is
-counted apart if what it gives is finite.
+Each case is drawn with --seed and runs in a forked child. It should end with exit code 2 and at most two
+lines. Not everything can be seen: a flipped bit may leave another usual number. Such a policy is accepted; it
+is counted apart if what it gives is finite.
 """
 
 import argparse
@@ -47,6 +47,7 @@ def attempt(function, *args, limit=60):
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 os.dup2(said.fileno(), 2)
+                sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
                 signal.alarm(limit)
                 function(*args)
                 code = 0
