@@ -31,7 +31,7 @@ import torch
 
 import flow_sde_ppo
 from envs import make_envs, write_gif
-from flags import check_effects, check_ranges, fail, read
+from flags import check_effects, check_ranges, fail, possible, read
 from flow_sde_ppo import Agent, evaluate
 from pi_models import load_policy
 from simulators.calvin import chain_limit
@@ -97,7 +97,7 @@ def sampler(args, checkpoint, policy):
                 told |= {"mdp": "two-layer", "noisy_last_step": True}
             told = {name: told[name] for name in SAMPLER if name in told}
             for name, value in told.items():
-                if type(value) is not type(chosen[name]):
+                if not possible(flow_sde_ppo.Args, name, value):
                     fail(f"{file} cannot be read: {name} is {value!r}")
             chosen, source = chosen | told, "as it was trained"
             break

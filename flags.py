@@ -16,7 +16,7 @@ import shlex
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, TypedDict, get_args
 
 from tqdm import tqdm
 
@@ -79,6 +79,15 @@ def check_text(flag, text):
         fail(f"{flag} {text[:120]} must be a name of at most 100 characters, not a path")
     if len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in text.split("/")):
         fail(f"{flag} {text[:40]}... is too long for the name of a file")
+
+
+def possible(args_class, name, value):
+    """Could a flag have this value? It may be from a file."""
+    (kind,) = (field.type for field in dataclasses.fields(args_class) if field.name == name)
+    if get_args(kind):
+        return value in get_args(kind)  # of a Literal
+    low, high = RANGES.get(name, (-math.inf, math.inf))
+    return type(value) is kind and (kind in (bool, str) or low <= value <= high)
 
 
 def check_effects(args, usual):

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+from glob import escape
 from pathlib import Path
 from pickle import PickleError
 
@@ -306,17 +307,42 @@ def refuse(name, error, family):
     fail(f"checkpoint '{name}' {what}")
 
 
-def download(name):
-    """The folder of a hub id, from the cache or the network."""
-    from huggingface_hub import snapshot_download
+def is_read(path):
+    """Of a repository's files, those that are looked at here."""
+    if path.endswith((".safetensors", ".safetensors.index.json")):
+        return "/" not in path
+    return path in WRITTEN - {"README.md"} or path in WEIGHTS or path.split("/")[-1] == STATS
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
+
+def download(name):
+    """The folder of a hub id, or of owner/name@revision, from the cache or the network."""
+    import huggingface_hub as hub
+
+    repository, _, revision = str(name).partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or os.path.isdir(os.path.dirname(repository)):
         fail(f"checkpoint '{name}' does not exist: neither a folder nor the id of a model on the hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.pt"]))
+        if hub.constants.HF_HUB_OFFLINE:
+            return Path(hub.snapshot_download(repository, revision=revision or None, local_files_only=True))
+        told = hub.HfApi().model_info(repository, revision=revision or None, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in told.siblings if is_read(file.rfilename)}
+        if any(file.endswith(".safetensors") for file in sizes):  # then no .pt is
+            sizes = {file: size for file, size in sizes.items() if file not in WEIGHTS}
+        cached = {"revision": told.sha, "cache_dir": hub.constants.HF_HUB_CACHE}
+        new = [f for f in sizes if not isinstance(hub.try_to_load_from_cache(repository, f, **cached), str)]
+        if new:
+            size = f"{sum(sizes[file] for file in new) / 1e9:.2f} GB in {len(new)} files"
+            print(f"downloading {name}: {size}, to {hub.constants.HF_HUB_CACHE}", file=sys.stderr, flush=True)
+        return Path(
+            hub.snapshot_download(repository, revision=told.sha, allow_patterns=[*map(escape, sizes)])
+        )
     except Exception as error:  # whatever went wrong on the way
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = f"where there is a network, do `hf download {name} --local-dir FOLDER`, bring it here"
+        try:  # what came before is as good
+            return Path(hub.snapshot_download(repository, revision=revision or None, local_files_only=True))
+        except Exception:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        place = f"{repository} --revision {revision}" if revision else repository
+        advice = f"where there is a network, do `hf download {place} --local-dir FOLDER`, bring it here"
         fail(f"checkpoint '{name}' cannot be downloaded ({reason}); {advice} and pass its path")
 
 

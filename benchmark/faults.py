@@ -6,9 +6,9 @@
 checkpoints    checkpoints/tiny, damaged, against `load_policy` and one look at a picture
 flags          command lines with one mistake in them, against the five scripts, up to their first step
 
-Each case is drawn with --seed and runs in a forked child. It has to end with exit code 2 and at most two lines.
-Not everything can be seen: a flipped bit may leave another usual number. Such a policy is accepted; it is
-counted apart if what it gives is finite.
+Each case is drawn with --seed and runs in a forked child. It should end with exit code 2 and at most two
+lines. Not everything can be seen: a flipped bit may leave another usual number. Such a policy is accepted; it
+is counted apart if what it gives is finite.
 """
 
 import argparse
@@ -47,6 +47,7 @@ def attempt(function, *args, limit=60):
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 os.dup2(said.fileno(), 2)
+                sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
                 signal.alarm(limit)
                 function(*args)
                 code = 0
@@ -214,7 +215,7 @@ def mistake(script, rng):
         return kind, [flag]
     if kind == "stray":
         return kind, [rng.choice(["3", "yes", "-x", "=", "---"])]
-    if field.type is bool:
+    if bool in kinds:
         return "yes or no", [flag, rng.choice(["True", "maybe", "1"])]
     if any(get_origin(k) is Literal for k in kinds):
         return "choice", [*usual, flag, rng.choice(["nothing", "", "RGB", "None "])]
@@ -262,7 +263,7 @@ PARTS = {"checkpoints": checkpoints, "flags": flags}
 
 
 def table(part, cases, seed, verbose=False):
-    """{what: its row}: tried, refused, tracebacks and other ends, accepted, accepted where it cannot be seen."""
+    """{what: its row}: how many were tried, how they ended, how many were accepted and cannot be seen."""
     rows = {}
     for what, may_be_unseen, end, code, said in PARTS[part](cases, random.Random(f"{part} {seed}")):
         row = rows.setdefault(what, dict.fromkeys(["tried", *ENDS, "unseen"], 0))

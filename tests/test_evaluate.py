@@ -311,7 +311,7 @@ def test_the_ode_needs_no_noise_head(few_states, checkpoint, monkeypatch, capsys
         ({"chunk_len": 6}, "--chunk-len 6"),
         ({"chunk_len": 0}, "--chunk-len"),
         ({"num_threads": 0}, "--num-threads"),
-        ({"denoise_steps": 0}, "--denoise-steps must be at least 1"),
+        ({"denoise_steps": 0}, "--denoise-steps must be from 1 to"),
         ({"denoise_steps": 1, "sde_solver": "cps"}, "--denoise-steps must be at least 2"),
         ({"denoise_steps": 1, "sde_solver": "exponential"}, "--denoise-steps must be at least 2"),
         ({"noise_level": 1.5, "sde_solver": "cps"}, "--noise-level must be at most 1"),

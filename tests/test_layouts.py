@@ -466,7 +466,9 @@ def test_hub_without_network(tmp_path, monkeypatch, one_line_error):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert "hf download somebody/pi0 --local-dir" in one_line_error(load_policy, "somebody/pi0")
-    for name in ("nothing", "/no/such/folder", "a/b/c"):
+    message = one_line_error(load_policy, "somebody/pi0@abc")
+    assert "hf download somebody/pi0 --revision abc --local-dir" in message
+    for name in ("", "nothing", "/no/such/folder", "a/b/c", "x" * 300, "../pi0@main"):
         assert f"'{name}' does not exist" in one_line_error(load_policy, name)
     snapshot = tmp_path / "models--somebody--pi0" / "snapshots" / ("0" * 40)  # downloaded before
     snapshot.mkdir(parents=True)
@@ -476,6 +478,38 @@ def test_hub_without_network(tmp_path, monkeypatch, one_line_error):
     check_golden(load_policy("somebody/pi0"), "pi0")
     (tmp_path / "somebody").mkdir()  # now it is a wrong path, not an id
     assert "'somebody/pi0' does not exist" in one_line_error(load_policy, "somebody/pi0")
+
+
+def test_download(tmp_path, monkeypatch, capsys):
+    """Name and size come first, and only what is read is asked for. There is no hub here: its answers are made."""
+    import huggingface_hub
+
+    sizes = {ONE: 3 * 10**9, "config.json": 700, NORM_STATS: 300, "tokenizer.json": 10**6, PT: 7 * 10**9}
+    sizes |= {"optimizer/model.safetensors": 10**10, "train.log": 10**10, "README.md": 5, "x.pt": 10**10}
+    asked = []
+
+    def model_info(self, repository, revision, files_metadata):
+        files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+        return SimpleNamespace(siblings=files, sha=f"sha of {revision}")
+
+    def snapshot_download(repository, revision, allow_patterns):
+        asked.append((repository, revision, set(allow_patterns), capsys.readouterr().err))
+        return str(lay(tmp_path / "snapshot"))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    check_golden(load_policy("somebody/pi0@v1.2"), "pi0")
+    ((repository, revision, patterns, said),) = asked
+    assert (repository, revision) == ("somebody/pi0", "sha of v1.2")
+    assert patterns == {ONE, "config.json", NORM_STATS, "tokenizer.json"}
+    assert said == f"downloading somebody/pi0@v1.2: 3.00 GB in 4 files, to {tmp_path}/cache\n"
+    for name in ("somebody/pi0@", "somebody/pi0"):
+        shutil.rmtree(tmp_path / "snapshot")
+        load_policy(name)
+        assert asked[-1][1] == "sha of None"
 
 
 # --- saved again; words; quantiles ---
