@@ -38,6 +38,7 @@ ELSEWHERE = {  # what a command begins with: where else it is run, or why it is 
     "python evaluate.py --env-id mine": "test_docs.py",
     "python evaluate.py --device cuda": "needs a GPU",
     "python flow_sde_ppo.py --device cuda --env-id": "needs a GPU",
+    "python flow_sde_ppo.py --resume": "test_runs.py",
 }
 
 
