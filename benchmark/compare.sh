@@ -31,7 +31,7 @@ finished() {  # the newest finished run of a script and seed; the curve is the l
 train() {
     local script=$1 seed=$2 log=$RUNS/$1-$2.log
     local command=("$PYTHON" "$script.py" --seed "$seed" --checkpoint "$SFT" --run-dir "$RUNS")
-    command+=(--total-timesteps 900000 --eval-freq 10 "${@:3}")
+    command+=(--total-timesteps 900000 --eval-freq 20 "${@:3}")
     if [[ -n $(finished "$script" "$seed") ]]; then
         echo "$script, seed $seed: already trained, $(finished "$script" "$seed")"
     elif [[ $JOBS == 1 ]]; then

@@ -30,7 +30,7 @@ train() {  # script task seed
   ls "$out"/*/learning_curve.png > /dev/null 2>&1 && return
   rm -rf "$out"
   $PYTHON "$1.py" --env-id "metaworld_$2" --model tiny --obs-mode state --checkpoint "$OUT/sft/$2" \
-    --seed "$3" --num-envs 64 --num-steps 20 --denoise-steps 2 --num-minibatches 4 --learning-rate 2e-4 \
+    --seed "$3" --num-envs 64 --num-steps 20 --denoise-steps 2 --update-epochs 2 --num-minibatches 4 --learning-rate 2e-4 \
     --lr-warmup 4 --lr-schedule cosine --target-kl 0.1 --total-timesteps "$steps" --eval-freq -1 \
     --run-dir "$out" > "$out.log" 2>&1
 }
