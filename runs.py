@@ -46,8 +46,8 @@ class Run:
         self.curve, self.evaluations = [], []  # (steps, success): of training's episodes, by the ODE
         self.signal, self.here, self.resumed = 0, None, bool(args.resume)
         self.saved = self._newest(ranks) if args.resume else {"iteration": 0, "global_step": 0}
-        if args.resume and self.saved["global_step"] >= args.total_timesteps:
-            steps = self.saved["global_step"]
+        steps, curve = self.saved["global_step"], Path(self.folder, "learning_curve.png")
+        if steps >= args.total_timesteps and curve.exists():  # or it was killed before it had drawn it
             fail(f"{self.folder} has its {steps} steps; with a larger --total-timesteps it goes on")
         signals = signal.SIGINT, signal.SIGTERM
         self.handlers = {number: signal.signal(number, self._ask_to_stop) for number in signals}

@@ -5,6 +5,7 @@
 
 checkpoints    checkpoints/tiny, damaged, against `load_policy` and one look at a picture
 flags          command lines with one mistake in them, against the five scripts, up to their first step
+kills          trainings that are killed (SIGKILL) at a random moment, a save among them, and resumed
 
 Each case is drawn with --seed and runs in a forked child. It should end with exit code 2 and at most two
 lines. Not everything can be seen: a flipped bit may leave another usual number. Such a policy is accepted; it
@@ -21,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -32,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from flags import parse, read  # noqa: E402
 from pi_models import load_policy  # noqa: E402
+from runs import read_state  # noqa: E402
 
 SCRIPTS = "flow_sde_ppo", "flow_noise_ppo", "flow_sde_grpo", "flow_sft", "evaluate"
 ENDS = "refused", "traceback", "killed", "longer", "accepted"
@@ -256,6 +259,66 @@ def flags(cases, rng):
         os.chdir(here)
 
 
+# ------------------------------------------------------------------------------------------------------ kills
+
+SMALL = "--env-id tabletop_press_button --num-envs 6 --num-steps 4 --num-minibatches 2 --critic-warmup 1"
+SMALL += " --eval-freq -1 --save-freq 1 --total-timesteps 900"
+
+
+def train(run_dir):
+    """A run of nine iterations, which are all saved; what is there of it already is gone on with."""
+    import flow_sde_ppo
+
+    os.chdir(ROOT)
+    flags = [*SMALL.split(), "--run-dir", str(run_dir), "--resume", "auto"]
+    flow_sde_ppo.main(parse(flow_sde_ppo.Args, flow_sde_ppo.defaults, flags))
+
+
+def what_is_left(run_dir):
+    """The end of a finished run, by bytes: counters, generators, environments, optimiser, weights."""
+    (end,) = run_dir.glob("*/learning_curve.png")
+    last = max((end.parent / "resume").iterdir())
+    counters, tensors = read_state(last)
+    policy = (end.parent / "checkpoint/model.safetensors").read_bytes()
+    return json.dumps(counters), {name: x.numpy().tobytes() for name, x in tensors.items()}, policy
+
+
+def kills(cases, rng):
+    """The rows of a table: so many kills, after so many saves; what the resumed runs ended with."""
+    importlib.import_module("flow_sde_ppo")  # what takes seconds, before the forks
+    load_policy(ROOT / "checkpoints/tabletop-sft")
+    columns = "killed", "the same bit for bit", "other end"
+    moments = "before the first save", "later"
+    rows = {when: dict.fromkeys(columns, 0) for when in moments}
+    with tempfile.TemporaryDirectory() as folder:
+        whole, began = Path(folder, "whole"), time.monotonic()
+        assert attempt(train, whole, limit=600)[0] == "accepted"
+        lasts = time.monotonic() - began
+        while sum(row["killed"] for row in rows.values()) < cases:
+            run_dir = Path(folder, "killed")
+            child = os.fork()
+            if child == 0:
+                for fd in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+                train(run_dir)
+                os._exit(0)
+            time.sleep(rng.uniform(0, lasts))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            when = "later" if any(run_dir.glob("*/resume/*.safetensors")) else "before the first save"
+            if any(run_dir.glob("*/learning_curve.png")):  # too late: nothing is left to resume
+                shutil.rmtree(run_dir)
+                continue
+            end, code, said = attempt(train, run_dir, limit=600)
+            same = end == "accepted" and what_is_left(run_dir) == what_is_left(whole)
+            if not same:
+                print(f"killed {when}: {end}, code {code}: {said[-1500:]}", file=sys.stderr)
+            rows[when]["killed"] += 1
+            rows[when]["the same bit for bit" if same else "other end"] += 1
+            shutil.rmtree(run_dir)
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------------ table
 
 PARTS = {"checkpoints": checkpoints, "flags": flags}
@@ -275,8 +338,8 @@ def table(part, cases, seed, verbose=False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="one part")
-    parser.add_argument("--cases", type=int, help="of each part; default 200 checkpoints, 300 command lines")
+    parser.add_argument("--only", choices=[*PARTS, "kills"], help="one part")
+    parser.add_argument("--cases", type=int, help="default 200 checkpoints, 300 command lines, 50 kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true", help="print what was not refused as it should be")
     args = parser.parse_args()
@@ -290,9 +353,13 @@ def main():
         "accepted",
         "cannot be seen",
     )
-    for part in [args.only] if args.only else PARTS:
-        cases = args.cases or {"checkpoints": 200, "flags": 300}.get(part, 100)
-        rows = table(part, cases, args.seed, args.verbose)
+    for part in [args.only] if args.only else [*PARTS, "kills"]:
+        cases = args.cases or {"checkpoints": 200, "flags": 300, "kills": 50}[part]
+        if part == "kills":
+            rows = kills(cases, random.Random(f"kills {args.seed}"))
+            titles = next(iter(rows.values()))
+        else:
+            rows = table(part, cases, args.seed, args.verbose)
         rows["**all**"] = {key: sum(row[key] for row in rows.values()) for key in next(iter(rows.values()))}
         print(f"\n| {part}, seed {args.seed} | {' | '.join(titles)} |\n|---{'|---' * len(titles)}|")
         for what, row in rows.items():

@@ -1,6 +1,7 @@
 """benchmark/faults.py in short: it tells the ends apart, and every mistake ends in a line."""
 
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -46,3 +47,10 @@ def test_all_are_refused(part, cases):
     for what, row in rows.items():
         assert row["refused"] + row["unseen"] == row["tried"], (what, row)
         assert not row["unseen"] or what in ("bit of weight", "bit of text")
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_if_they_were_not():
+    rows = faults.kills(3, random.Random(0))
+    assert sum(row["killed"] for row in rows.values()) == 3
+    assert not any(row["other end"] for row in rows.values())
