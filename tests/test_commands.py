@@ -86,7 +86,8 @@ def test_training(command, start, tmp_path, monkeypatch):
         assert not stop.value.code
         return
     small = f"--env-id tabletop_press_button --checkpoint {start} --run-dir {tmp_path}"
-    small += " --obs-mode rgb --device cpu --eval-freq -1 --num-envs 16 --num-steps 8 --total-timesteps 1 --update-epochs 1"
+    small += " --obs-mode rgb --device cpu"
+    small += " --eval-freq -1 --num-envs 16 --num-steps 8 --total-timesteps 1 --update-epochs 1"
     module.main(parse(module.Args, module.defaults, flags + small.split()))
     (run,) = tmp_path.iterdir()
     assert (run / "checkpoint" / "model.safetensors").is_file()
