@@ -218,7 +218,7 @@ def mistake(script, rng):
     if kind == "stray":
         return kind, [rng.choice(["3", "yes", "-x", "=", "---"])]
     if bool in kinds:
-        return "yes or no", [flag, rng.choice(["True", "maybe", "1"])]
+        return "yes or no", [flag, rng.choice(["maybe", "1"])]  # evaluate.py has some that take True
     if any(get_origin(k) is Literal for k in kinds):
         return "choice", [flag, rng.choice(["nothing", "", "RGB", "None "])]
     for number in (int, float):

@@ -481,7 +481,7 @@ def test_hub_without_network(tmp_path, monkeypatch, one_line_error):
 
 
 def test_download(tmp_path, monkeypatch, capsys):
-    """Name and size come first, and only what is read is asked for. No hub is here: its answers are made."""
+    """Name and size come first, and only what is read is asked for. There is no hub: its answers are made."""
     import huggingface_hub
 
     sizes = {ONE: 3 * 10**9, "config.json": 700, NORM_STATS: 300, "tokenizer.json": 10**6, PT: 7 * 10**9}
