@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 import layouts
 from flags import fail
-from layouts import CHECKPOINTS, STATISTICS, TOKENIZERS, save_policy  # noqa: F401  # the other half of load_policy
+from layouts import CHECKPOINTS, STATISTICS, TOKENIZERS, save_policy  # noqa: F401  # goes with load_policy
 
 
 @dataclass
