@@ -202,9 +202,10 @@ class Agent:
     @torch.no_grad()
     def exploration(self, prefix: Prefix, generator: torch.Generator) -> float:
         """Standard deviation of the executed numbers given observation and A^0, from pairs of chunks."""
-        x = self.act(prefix, generator, deterministic=True)[0][:, 0]  # A^0
-        a, b = (self.act(prefix, generator, x=x)[0][:, -1, : self.chunk_len, : self.action_dim] for _ in "ab")
-        return (0.5 * (a - b) ** 2).mean().sqrt().item()
+        chain = self.act(prefix, generator)[0]  # (B, K+1, H, D)
+        other = self.act(prefix, generator, x=chain[:, 0])[0]
+        difference = (chain - other)[:, -1, : self.chunk_len, : self.action_dim]
+        return (0.5 * difference**2).mean().sqrt().item()
 
     def value(self, prefix: Prefix, chain: Tensor = None, generator=None) -> Tensor:
         """V of each decision, (B, S)."""
@@ -491,7 +492,7 @@ def main(args: Args):
         given += batch.final_value, args.gamma, args.gae_lambda
         batch.advantages, batch.returns = compute_advantages(*given)
         metrics = update(agent, optimizer, batch, args, shuffle_rng)
-        metrics["flow/exploration"] = agent.exploration(seen[1][:64], torch.Generator(device).manual_seed(0))
+        metrics["flow/exploration"] = agent.exploration(seen[1][:32], torch.Generator(device).manual_seed(0))
         updated = now(policy.device)
         episodes, steps = sum(gather(episodes), []), sum(gather(steps))
         global_step += steps
