@@ -153,11 +153,13 @@ class Agent:
         return prefix, inputs if self.policy.vlm_trained else prefix._asdict()
 
     def step(self, prefix: Prefix, x: Tensor, tau: Tensor):
-        """The velocity at x, and mean and std of the Gaussian that the next x is drawn from."""
+        """The velocity at x, mean and std of the Gaussian that the next x is drawn from, and features."""
         velocity, features = self.policy.velocity(prefix, x, tau)
         if self.noise == "sde":  # the paper's Fig. 8: the noise of flow_sde_ppo.py (Eq. 9)
-            return velocity, *sde_transition(x, velocity, tau, self.delta, self.noise_level)
-        return velocity, *transition(x, velocity, self.delta, self.policy.noise_head(features))
+            gaussian = sde_transition(x, velocity, tau, self.delta, self.noise_level)
+        else:
+            gaussian = transition(x, velocity, self.delta, self.policy.noise_head(features))
+        return velocity, *gaussian, features
 
     def log_prior(self, x):
         """log N(A^0; 0, I), (B,). No weight changes it, and the ratio does not see it."""
@@ -169,30 +171,34 @@ class Agent:
 
     @torch.no_grad()
     def act(self, prefix: Prefix, generator: torch.Generator, deterministic=False, x: Tensor = None):
-        """Denoise A^0 (B, H, D), x or new noise: chain (B, K+1, H, D), its random steps, their log-prob."""
+        """Denoise A^0 (B, H, D), x or new noise.
+
+        Returns the chain (B, K+1, H, D), its random steps, their log-prob, and what the expert saw (B, K, W).
+        """
         B, device, c = len(prefix.mask), prefix.mask.device, self.policy.config
         denoise_idx = torch.arange(self.noisy_steps, device=device).expand(B, -1)  # every step
         x = torch.randn((B, c.horizon, c.action_dim), generator=generator, device=device) if x is None else x
-        chain, logprobs = [x], [self.log_prior(x)]
+        chain, logprobs, seen = [x], [self.log_prior(x)], []
         for k in range(self.K):
             tau = torch.full((B,), k / self.K, device=device)
             if deterministic:
-                velocity, _ = self.policy.velocity(prefix, x, tau)
+                velocity, features = self.policy.velocity(prefix, x, tau)
                 x = x + velocity * self.delta  # Eq. 6
             else:
-                _, mu, std = self.step(prefix, x, tau)
+                _, mu, std, features = self.step(prefix, x, tau)
                 x = mu + std * torch.randn(x.shape, generator=generator, device=device)  # Eq. 4
                 logprobs.append(log_prob(x, mu, std, self.chunk_len, self.action_dim))
             chain.append(x)
+            seen.append(features.mean(dim=1))
         logprob = None if deterministic else self.joint(torch.stack(logprobs, dim=1))  # Eq. 5
-        return torch.stack(chain, dim=1), denoise_idx, logprob
+        return torch.stack(chain, dim=1), denoise_idx, logprob, torch.stack(seen, dim=1)
 
     def evaluate_actions(self, prefix: Prefix, chain: Tensor, denoise_idx: Tensor):
         """Log-prob, entropy per number and std of stored decisions under the present weights."""
         k = denoise_idx.flatten()  # (B * S,)
         row = torch.arange(len(chain), device=chain.device).repeat_interleave(self.num_stochastic)
         x, x_next, tau = chain[row, k], chain[row, k + 1], k / self.K  # (B * S, H, D) twice, (B * S,)
-        _, mu, std = self.step(prefix, x, tau)
+        _, mu, std, _ = self.step(prefix, x, tau)
         logprob = log_prob(x_next, mu, std, self.chunk_len, self.action_dim)
         entropy = torch.log(std * math.sqrt(2 * math.pi * math.e))[:, : self.chunk_len, : self.action_dim]
         entropy = entropy.mean(dim=(1, 2))  # per number, (B * S,)
@@ -207,17 +213,13 @@ class Agent:
         difference = (chain - other)[:, -1, : self.chunk_len, : self.action_dim]
         return (0.5 * difference**2).mean().sqrt().item()
 
-    def value(self, prefix: Prefix, chain: Tensor = None, generator=None) -> Tensor:
-        """V of each decision, (B, S)."""
-        head, B, K = self.policy.value_head, len(prefix.mask), self.K
+    def value(self, prefix: Prefix, features: Tensor = None, generator=None) -> Tensor:
+        """V of each decision, (B, S). V_expert reads what the expert saw in `act`, and does not shape it."""
+        head = self.policy.value_head
         if self.policy.config.critic == "vlm":
             value = head(torch.cat([prefix.pooled.detach(), prefix.state], dim=1))
-            return value[:, None].expand(B, self.num_decisions)
-        with torch.no_grad():  # the critic reads the expert's features and does not shape them
-            chain = self.act(prefix, generator)[0] if chain is None else chain
-            tau = torch.arange(K, device=chain.device).repeat(B) / K
-            _, features = self.policy.velocity(prefix, chain[:, :-1].flatten(0, 1), tau)  # (B * K, H, W)
-        values = head(features.mean(dim=1)).view(B, K)
+            return value[:, None].expand(-1, self.num_decisions)
+        values = head(self.act(prefix, generator)[3] if features is None else features)  # (B, K)
         # Eq. 16: V(o) is the mean over the denoising; in the two-layer MDP every step has its V(o, A^tau)
         return values.mean(dim=1, keepdim=True)
 
@@ -244,11 +246,11 @@ def rollout(agent, envs, seen, batch, generator, run=None):
         if run and run.signal:  # to stop
             break
         # -- the inner layer: from noise to an action chunk
-        chain, denoise_idx, logprob = agent.act(prefix, generator)
+        chain, denoise_idx, logprob, features = agent.act(prefix, generator)
         for name, field in inputs.items():
             batch.inputs[name][t] = field
         batch.chain[t], batch.denoise_idx[t], batch.logprob[t] = chain, denoise_idx, logprob
-        batch.value[t] = agent.value(prefix, chain)
+        batch.features[t], batch.value[t] = features, agent.value(prefix, features)
 
         # -- the outer layer: the chunk in the environment
         actions = agent.policy.postprocess(chain[:, -1], obs)[:, : agent.chunk_len]  # (N, C, action_dim)
@@ -293,7 +295,8 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     """Steps on the clipped surrogate (Eqs. 14-15), on the chunks in which an episode was alive."""
     names = ("chain", "denoise_idx", "logprob", "advantages")
     chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
-    old_value, returns = batch.value.flatten(0, 1), batch.returns.flatten(0, 1)  # (T * N, S)
+    given = batch.value, batch.returns, batch.features
+    old_value, returns, features = (field.flatten(0, 1) for field in given)  # (T * N, S) twice, (T * N, K, W)
     inputs = {name: field.flatten(0, 1) for name, field in batch.inputs.items()}
     alive = batch.alive.flatten().nonzero().squeeze(1)
     everyone = torch.cat(gather(advantages[alive]))
@@ -316,7 +319,7 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
                 policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()  # Eq. 14
                 approx_kl = (ratio - 1) - logratio
                 clipfrac = ((ratio - 1).abs() > clip).float()
-                value, before = agent.value(seen, chain[rows]), old_value[rows]  # (B, S)
+                value, before = agent.value(seen, features[rows]), old_value[rows]  # (B, S)
                 value_loss = (value - returns[rows]) ** 2
                 if args.clip_vloss:
                     clipped = before + (value - before).clamp(-clip, clip)
@@ -368,7 +371,7 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0, rank=0, ranks=1)
             # A^0 depends on seed, state and step alone: policies are compared on the same noise
             generator.manual_seed(1000 * seed + int(length[rows[0]]))
             noise = torch.randn((len(states), c.horizon, c.action_dim), generator=generator, device=device)
-            chain, _, _ = agent.act(prefix, generator, deterministic, noise[turn[rows]])
+            chain, *_ = agent.act(prefix, generator, deterministic, noise[turn[rows]])
             actions = np.zeros((envs.num_envs, agent.chunk_len, agent.action_dim), np.float32)
             actions[rows] = agent.policy.postprocess(chain[:, -1], seen)[:, : agent.chunk_len]
             obs, _, terminated, truncated, info = envs.step_chunk(actions)
@@ -460,6 +463,7 @@ def main(args: Args):
         denoise_idx=storage(agent.num_stochastic, dtype=torch.long),
         logprob=storage(S),
         value=storage(S),
+        features=storage(args.denoise_steps, c.expert_width),  # that V_expert reads
         reward=storage(),
         final_value=storage(),
         **{name: storage(dtype=torch.bool) for name in ("terminated", "truncated", "alive")},

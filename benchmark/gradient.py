@@ -65,7 +65,7 @@ def gradients(agent, batch, steps):
     for k in range(agent.noisy_steps):
         rows = (drawn[:, 0] == k).nonzero().squeeze(1)
         prefix = agent.policy.encode({name: x.flatten(0, 1)[rows] for name, x in batch.inputs.items()})
-        _, mu, std = agent.step(prefix, chain[rows, k], torch.full((len(rows),), k / agent.K))
+        _, mu, std, _ = agent.step(prefix, chain[rows, k], torch.full((len(rows),), k / agent.K))
         x, C, D = chain[rows, k + 1], agent.chunk_len, agent.action_dim
         each = [slice(h, h + 1) for h in range(C)]  # a log-probability for each action of the chunk
         logprob = torch.stack([log_prob(x[:, h], mu[:, h], std, 1, D) for h in each], dim=1)  # (B, C)

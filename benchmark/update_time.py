@@ -53,13 +53,14 @@ def prepare(script, args, prefix, **changed):
         parameters[0] = policy.actor_parameters()
     agent = script.Agent(policy, flags)
     generator = torch.Generator(args.device).manual_seed(0)
-    chain, denoise_idx, logprob = agent.act(prefix, generator)
+    chain, denoise_idx, logprob, features = agent.act(prefix, generator)
     rest = {name: torch.randn_like(logprob)[None] for name in ("advantages", "returns", "value")}
     batch = SimpleNamespace(
         inputs={name: field[None] for name, field in prefix._asdict().items()},
         chain=chain[None],
         denoise_idx=denoise_idx[None],
         logprob=logprob[None],
+        features=features[None],
         alive=torch.ones_like(logprob[None, :, 0], dtype=torch.bool),
         **rest,
     )

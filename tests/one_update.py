@@ -39,10 +39,11 @@ def played(script, rank, ranks, dead):
     mask = draw(rows, S) > -1
     mask[:, 0] = True
     fields = {"kv": kv, "mask": mask, "pooled": draw(rows, c.width), "state": draw(rows, c.state_dim)}
-    chain, denoise_idx, logprob = agent.act(policy.encode(fields), generator)
+    chain, denoise_idx, logprob, features = agent.act(policy.encode(fields), generator)
     alive = draw(T, N) > -1
     alive[0], alive[:, dead] = True, False
     old = dict(chain=chain, denoise_idx=denoise_idx, logprob=logprob + 0.1 * draw(*logprob.shape))
+    old |= {"features": features}
     batch = {name: field.unflatten(0, (T, N)) for name, field in old.items()}
     inputs = {name: field.unflatten(0, (T, N)) for name, field in fields.items()}
     share = slice(rank * N // ranks, (rank + 1) * N // ranks)

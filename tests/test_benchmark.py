@@ -270,7 +270,7 @@ def test_parts_of_the_gradient_are_the_policy_loss_s():
     batch = gradient.empty_batch(agent, inputs, 1, 16)
     for name, field in inputs.items():
         batch.inputs[name][0] = field
-    batch.chain[0], batch.denoise_idx[0], batch.logprob[0] = agent.act(prefix, torch.Generator())
+    batch.chain[0], batch.denoise_idx[0], batch.logprob[0], _ = agent.act(prefix, torch.Generator())
     batch.advantages = torch.randn(1, 16, 1)
     steps = torch.full((1, 16), 5)
     steps[0, :4] = 2

@@ -636,7 +636,7 @@ def check_ratio(script):
     agent = make_agent(script)
     agent.policy.train()
     prefix = agent.policy.encode(agent.policy.preprocess(observe(12)))
-    chain, *decisions, logprob = agent.act(prefix, torch.Generator().manual_seed(0))
+    chain, *decisions, logprob, _ = agent.act(prefix, torch.Generator().manual_seed(0))
     inputs = prefix._asdict()
     again = agent.policy.encode({name: field.detach().clone() for name, field in inputs.items()})
     later, *_ = agent.evaluate_actions(again, chain, *decisions)
@@ -667,8 +667,8 @@ def test_critic():
     agent = make_agent(flow_sde_ppo, critic="expert", denoise_steps=3)
     policy = agent.policy
     prefix = policy.encode(policy.preprocess(observe(4)))
-    chain, _, _ = agent.act(prefix, torch.Generator().manual_seed(0))
-    value = agent.value(prefix, chain)
+    chain, *_, seen = agent.act(prefix, torch.Generator().manual_seed(0))
+    value = agent.value(prefix, seen)
     with torch.no_grad():
         features = [policy.velocity(prefix, chain[:, k], torch.full((4,), k / 3))[1] for k in range(3)]
         assert features[0].shape == (4, 5, 64)

@@ -81,7 +81,7 @@ def check_joint():
     for mode in modes():
         agent = make_agent(**mode)
         prefix = look(agent.policy, 4)
-        chain, denoise_idx, logprob = agent.act(prefix, seeded())
+        chain, denoise_idx, logprob, _ = agent.act(prefix, seeded())
         found = agent.evaluate_actions(prefix, chain, denoise_idx)
         truth = rated(agent.policy, prefix, chain, mode["noise"], mode["logprob_reduction"])
         assert logprob.shape == found[0].shape == found[1].shape == (4, 1)
@@ -97,7 +97,7 @@ def check_draws():
     """A^0 and the noise of each step are standard normal, independent of each other and from row to row."""
     agent = make_agent()
     prefix = look(agent.policy, 100)
-    chain, denoise_idx, _ = agent.act(prefix, seeded())
+    chain, denoise_idx, *_ = agent.act(prefix, seeded())
     assert torch.equal(denoise_idx, torch.arange(4).expand(100, 4))
     with torch.no_grad():
         steps = [gaussian(agent.policy, prefix, chain[:, k], k, 4) for k in range(4)]
@@ -113,7 +113,7 @@ def check_ratio():
     for mode in modes():
         agent = make_agent(**mode)
         prefix = look(agent.policy, 12)
-        chain, denoise_idx, logprob = agent.act(prefix, seeded())
+        chain, denoise_idx, logprob, _ = agent.act(prefix, seeded())
         for rows in torch.randperm(12, generator=seeded()).split(5):
             again = agent.evaluate_actions(prefix[rows], chain[rows], denoise_idx[rows])[0]
             assert ((again - logprob[rows]).exp() - 1).abs().max() < 1e-4, mode
@@ -123,7 +123,7 @@ def check_deterministic():
     """The ODE, whatever the noise head says."""
     agent = make_agent()
     prefix = look(agent.policy, 4)
-    chain, _, logprob = agent.act(prefix, seeded(), deterministic=True)
+    chain, _, logprob, _ = agent.act(prefix, seeded(), deterministic=True)
     assert chain.shape == (4, 5, 5, 4) and logprob is None
     with torch.no_grad():
         for k in range(4):
@@ -161,7 +161,7 @@ def check_learned_noise_of_flow_sde():
     for mdp in ("hybrid", "two-layer"):
         agent = make_agent(flow_sde_ppo.Agent, flow_sde_ppo.Args, **HYBRID | dict(noise="learned", mdp=mdp))
         prefix = look(agent.policy, 16)
-        chain, denoise_idx, logprob = agent.act(prefix, seeded())
+        chain, denoise_idx, logprob, _ = agent.act(prefix, seeded())
         again, entropy, stds = agent.evaluate_actions(prefix, chain, denoise_idx)
         for k in range(4):
             mu, std = gaussian(agent.policy, prefix, chain[:, k], k, 4)
@@ -257,7 +257,11 @@ def on(owner, name, change):
 
 
 def step(change, owner=Agent, name="step"):
-    return on(owner, name, lambda f, *a: change(*f(*a)))
+    def changed(f, *a):
+        first, second, third, *features = f(*a)
+        return *change(first, second, third), *features
+
+    return on(owner, name, changed)
 
 
 def half_a_step(f, agent, *a):

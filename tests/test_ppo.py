@@ -178,7 +178,7 @@ def check_euler():
     for K in (1, 3, 4):
         agent = make_agent(denoise_steps=K, noise_level=0.5)
         prefix = encode(agent.policy, 6)
-        chain, _, logprob = agent.act(prefix, seeded(), deterministic=True)
+        chain, _, logprob, _ = agent.act(prefix, seeded(), deterministic=True)
         assert chain.shape == (6, K + 1, 5, 4) and logprob is None
         x = chain[:, 0]
         for k in range(K):
@@ -194,7 +194,7 @@ def check_chain():
     for mode in modes():
         agent, K = make_agent(**mode), mode["denoise_steps"]
         prefix = encode(agent.policy, 12)
-        chain, denoise_idx, logprob = agent.act(prefix, seeded())
+        chain, denoise_idx, logprob, _ = agent.act(prefix, seeded())
         S = 1 if mode["mdp"] == "hybrid" else K - (mode["sde_solver"] != "euler")
         assert chain.shape == (12, K + 1, 5, 4) and denoise_idx.shape == logprob.shape == (12, S)
         for k, velocity in enumerate(velocities(agent, prefix, chain, K)):
@@ -206,7 +206,7 @@ def still(**changed):
     """An agent whose velocity is zero, and 4000 environments: only the sampling is left."""
     nothing = Prefix(None, torch.ones(4000, 1, dtype=torch.bool), None, None)
     policy = SimpleNamespace(
-        config=TINY, env_action_dim=3, velocity=lambda prefix, x, tau: (torch.zeros_like(x), None)
+        config=TINY, env_action_dim=3, velocity=lambda prefix, x, tau: (torch.zeros_like(x), x)
     )
     return Agent(policy, options(**changed)), nothing
 
@@ -235,7 +235,7 @@ def check_noise():
     """A^0 and the noise of a step are standard normal, independent of each other and from row to row."""
     for mdp, solver in (("hybrid", "euler"), ("two-layer", "euler"), ("two-layer", "cps")):
         agent, nothing = still(mdp=mdp, sde_solver=solver, noise_level=0.5)
-        chain, denoise_idx, _ = agent.act(nothing, seeded())
+        chain, denoise_idx, *_ = agent.act(nothing, seeded())
         drawn, rows = [chain[:, 0]], torch.arange(4000)
         for k in denoise_idx.T:
             x = chain[rows, k]
@@ -252,7 +252,7 @@ def check_ratio():
     for mode in modes():
         agent = make_agent(**mode)
         prefix = encode(agent.policy, 12)
-        chain, denoise_idx, logprob = agent.act(prefix, seeded())
+        chain, denoise_idx, logprob, _ = agent.act(prefix, seeded())
         single = make_agent(**mode | {"mdp": "hybrid"})  # one decision at a time: batches of the same shape
         for s in range(denoise_idx.shape[1]):
             again = single.evaluate_actions(prefix, chain, denoise_idx[:, s : s + 1])[0]
@@ -267,7 +267,7 @@ def check_log_prob():
     for mode in modes():
         agent, K = make_agent(**mode), mode["denoise_steps"]
         prefix = encode(agent.policy, 12)
-        chain, denoise_idx, logprob = agent.act(prefix, seeded())
+        chain, denoise_idx, logprob, _ = agent.act(prefix, seeded())
         velocity = velocities(agent, prefix, chain, K)
         entropies = []
         for n in range(12):
@@ -287,9 +287,9 @@ def check_value():
     for mode in modes():
         agent, K = make_agent("expert", **mode), mode["denoise_steps"]
         prefix = encode(agent.policy, 6)
-        chain, denoise_idx, _ = agent.act(prefix, seeded())
+        chain, denoise_idx, _, seen = agent.act(prefix, seeded())
         with torch.no_grad():
-            value, each = agent.value(prefix, chain), []
+            value, each = agent.value(prefix, seen), []
             for k in range(K):
                 features = agent.policy.velocity(prefix, chain[:, k], torch.full((6,), k / K))[1]  # (B, H, W)
                 each.append(agent.policy.value_head(features.mean(dim=1)))
@@ -377,7 +377,7 @@ def test_a_single_step_decides():
     """With K = 1 there is no other step than the last: it is the decision, whatever is said of the last."""
     for last in (True, False):
         agent, nothing = still(denoise_steps=1, noisy_last_step=last)
-        chain, denoise_idx, logprob = agent.act(nothing, seeded())
+        chain, denoise_idx, logprob, _ = agent.act(nothing, seeded())
         assert (denoise_idx == 0).all() and logprob.isfinite().all()
         assert (chain[:, 1] - chain[:, 0] * 0.5).std() == pytest.approx(
             1, abs=0.05
@@ -392,7 +392,7 @@ def test_all_noisy_steps_of_the_two_layer_mdp_decide():
         ("exponential", True, 3),
     ):
         agent, nothing = still(mdp="two-layer", sde_solver=solver, noise_level=0.5, noisy_last_step=last)
-        chain, denoise_idx, logprob = agent.act(nothing, seeded())
+        chain, denoise_idx, logprob, _ = agent.act(nothing, seeded())
         assert denoise_idx[0].tolist() == list(range(steps)) and logprob.isfinite().all()
 
 
@@ -423,24 +423,46 @@ def test_value_of_the_vlm():
         value = agent.value(prefix)
         truth = agent.policy.value_head(torch.cat([prefix.pooled, prefix.state], dim=1))
         assert value.shape == (6, S) and torch.allclose(value, truth[:, None].expand(6, S), atol=1e-6)
-        assert torch.equal(agent.value(prefix, agent.act(prefix, seeded())[0]), value)
+        assert torch.equal(agent.value(prefix, agent.act(prefix, seeded())[3]), value)
         for other in (prefix._replace(state=prefix.state + 1), prefix._replace(pooled=prefix.pooled + 1)):
             assert ((agent.value(other) - value).abs() > 1e-4).all()
 
 
-def test_value_without_a_chain():
+def test_value_without_features():
     """The bootstrap values of V_expert denoise on their own, from the generator they are given."""
     agent = make_agent("expert")
     prefix = encode(agent.policy, 6)
-    chain = agent.act(prefix, seeded())[0]
-    assert torch.equal(agent.value(prefix, generator=seeded()), agent.value(prefix, chain))
+    *_, features = agent.act(prefix, seeded())
+    assert torch.equal(agent.value(prefix, generator=seeded()), agent.value(prefix, features))
+
+
+@pytest.mark.parametrize("mdp", ["hybrid", "two-layer"])
+def test_the_value_costs_no_pass_of_the_expert(mdp):
+    """V_expert's value is that of its features at every stored step, to the bit; the update makes none."""
+    agent = make_agent("expert", mdp=mdp)
+    prefix, passes = encode(agent.policy, 6), []
+    with torch.no_grad():
+        chain, denoise_idx, _, features = agent.act(prefix, seeded())
+        velocity = agent.policy.velocity
+        again = [velocity(prefix, chain[:, k], torch.full((6,), k / agent.K))[1] for k in range(agent.K)]
+        agent.policy.velocity = lambda *args: passes.append(len(args[1])) or velocity(*args)
+        value = agent.value(prefix, features)
+        each = agent.policy.value_head(torch.stack([x.mean(dim=1) for x in again], dim=1))  # (B, K)
+    truth = each.mean(dim=1, keepdim=True) if mdp == "hybrid" else each[:, : agent.noisy_steps]
+    assert not passes and torch.equal(value, truth)
+    batch, args = rollout(agent), Args(update_epochs=2, num_minibatches=1, micro_batch_size=0)
+    optimizer = torch.optim.SGD([{"params": agent.policy.actor_parameters(), "lr": 0.1}], lr=0.1)
+    optimizer.add_param_group({"params": list(agent.policy.value_head.parameters())})
+    passes.clear()
+    update(agent, optimizer, batch, args, seeded())
+    assert passes == [int(batch.alive.sum()) * agent.num_stochastic] * 2  # the policy's own, once an epoch
 
 
 @pytest.mark.parametrize("critic", ["vlm", "expert"])
 def test_critic_does_not_shape_the_policy(critic):
     agent = make_agent(critic)
     prefix = encode(agent.policy, 6)
-    agent.value(prefix, agent.act(prefix, seeded())[0]).sum().backward()
+    agent.value(prefix, agent.act(prefix, seeded())[3]).sum().backward()
     assert all(p.grad is None for p in agent.policy.actor_parameters())
     assert all(p.grad is not None for p in agent.policy.value_head.parameters())
 
@@ -455,7 +477,8 @@ def rollout(agent, T=3, N=8):
         Prefix(*(f.to(torch.get_default_dtype()) if f.is_floating_point() else f for f in p)) for p in steps
     ]
     generator = seeded()
-    chain, denoise_idx, logprob = (torch.stack(x) for x in zip(*(agent.act(p, generator) for p in steps)))
+    acts = zip(*(agent.act(p, generator) for p in steps))
+    chain, denoise_idx, logprob, features = (torch.stack(x) for x in acts)
     S = denoise_idx.shape[2]
     alive = torch.ones(T, N, dtype=torch.bool)
     alive[1:, 2] = alive[2:, 5:] = False
@@ -465,6 +488,7 @@ def rollout(agent, T=3, N=8):
         chain=chain,
         denoise_idx=denoise_idx,
         logprob=logprob,
+        features=features,
         advantages=advantages + 1,
         returns=returns,
         value=0.3 * value,
@@ -511,7 +535,7 @@ def expected_losses(agent, batch, clip=0.2):
     std = math.sqrt(((seen - mean) ** 2).sum() / seen.numel())
     for t in range(3):
         chain, prefix = batch.chain[t], Prefix(**{name: field[t] for name, field in batch.inputs.items()})
-        velocity, values = velocities(agent, prefix, chain, K), agent.value(prefix, chain)
+        velocity, values = velocities(agent, prefix, chain, K), agent.value(prefix, batch.features[t])
         for n in range(8):
             for s, k in enumerate(batch.denoise_idx[t, n].tolist()) if batch.alive[t, n] else ():
                 x, tau = chain[n : n + 1, k], torch.tensor([k / K])

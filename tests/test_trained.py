@@ -128,13 +128,14 @@ def test_update_encodes_again():
     generator, N = torch.Generator().manual_seed(0), 6
     with torch.no_grad():
         inputs = policy.preprocess(observe(N))
-        chain, denoise_idx, logprob = agent.act(policy.encode(inputs), generator)
+        chain, denoise_idx, logprob, features = agent.act(policy.encode(inputs), generator)
     advantages = torch.randn(N, 1, generator=generator)
     batch = SimpleNamespace(
         inputs={k: v[None] for k, v in inputs.items()},
         chain=chain[None],
         denoise_idx=denoise_idx[None],
         logprob=logprob[None],
+        features=features[None],
         advantages=advantages[None],
         value=torch.zeros(1, N, 1),
         returns=torch.randn((1, N, 1), generator=generator),
