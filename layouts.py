@@ -357,6 +357,7 @@ def save_policy(policy, folder: str | os.PathLike, card="", args: dict | None = 
 
     The new folder is written beside the old one and takes its place at once, when all of it is on the disk.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder, files = Path(folder).resolve(), {"README.md": card.encode(), **policy.files()}
@@ -382,6 +383,8 @@ def save_policy(policy, folder: str | os.PathLike, card="", args: dict | None = 
         for path in [side, *side.rglob("*")]:
             flush(path)
         exchange(side, folder)
+    except SafetensorError as error:  # a full disk
+        raise OSError(str(error)) from None
     finally:
         shutil.rmtree(side, ignore_errors=True)  # what it holds now is cut off, or the old folder
 

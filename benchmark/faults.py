@@ -6,22 +6,34 @@
 checkpoints    checkpoints/tiny, damaged, against `load_policy` and one look at a picture
 flags          command lines with one mistake in them, against the five scripts, up to their first step
 kills          trainings that are killed (SIGKILL) at a random moment, a save among them, and resumed
+disk           trainings whose disk is full from a random moment on, then resumed
+nan            trainings that are given an observation with NaN at a random moment, then resumed
+ranks          trainings in two processes, of which one is killed, then resumed
+workers        trainings on MetaWorld of which a process of simulators is killed: they go on
+soak           20 minutes of training, saves and evaluations: how resident memory grows
 
-Each case is drawn with --seed and runs in a forked child. It should end with exit code 2 and at most two
-lines. Not everything can be seen: a flipped bit may leave another usual number. Such a policy is accepted; it
-is counted apart if what it gives is finite.
+Each case is drawn with --seed. Of the first two parts it should end with exit code 2 and at most two lines.
+Not everything can be seen: a flipped bit may leave another usual number. Such a policy is accepted; it is
+counted apart if what it gives is finite. Of the others it should end in one line (a kill: in none), no
+process should be left after 10 seconds, and the resumed run should end as one that was never broken off, bit
+for bit.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import json
+import math
 import os
 import random
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -41,29 +53,40 @@ ENDS = "refused", "traceback", "killed", "longer", "accepted"
 NOT_FINITE = 3  # exit code of a policy that was accepted and gives NaN
 
 
+def begin(function, *args, limit=60):
+    """A forked child that calls it, and the file of what it says on stderr."""
+    said = tempfile.TemporaryFile("w+")
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(said.fileno(), 2)
+            sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
+            signal.alarm(limit)
+            function(*args)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return child, said
+
+
+def ended(child, said):
+    """Its exit code, and what it said."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    said.seek(0)
+    with said:
+        return code, said.read()
+
+
 def attempt(function, *args, limit=60):
     """How a forked child ends that calls it, one of ENDS, its exit code, and what it said on stderr."""
-    with tempfile.TemporaryFile("w+") as said:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os.dup2(said.fileno(), 2)
-                sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
-                signal.alarm(limit)
-                function(*args)
-                code = 0
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else 1
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said.seek(0)
-        text = said.read()
+    code, text = ended(*begin(function, *args, limit=limit))
     if code < 0:
         return "killed", code, text
     if "Traceback" in text or code == 1:
@@ -259,64 +282,233 @@ def flags(cases, rng):
         os.chdir(here)
 
 
-# ------------------------------------------------------------------------------------------------------ kills
+# ----------------------------------------------------------------------------------------------------- breaks
 
 SMALL = "--env-id tabletop_press_button --num-envs 6 --num-steps 4 --num-minibatches 2 --critic-warmup 1"
 SMALL += " --eval-freq -1 --save-freq 1 --total-timesteps 900"
+MARK = "FAULTS_RUN"  # in the environment of all that a run has started
 
 
-def train(run_dir):
+def train(run_dir, flags=SMALL, change=None):
     """A run of nine iterations, which are all saved; what is there of it already is gone on with."""
     import flow_sde_ppo
 
+    os.environ[MARK] = str(run_dir)
     os.chdir(ROOT)
-    flags = [*SMALL.split(), "--run-dir", str(run_dir), "--resume", "auto"]
-    flow_sde_ppo.main(parse(flow_sde_ppo.Args, flow_sde_ppo.defaults, flags))
+    if change:
+        made = flow_sde_ppo.make_envs
+        flow_sde_ppo.make_envs = lambda *args, **mode: change(made(*args, **mode))
+    words = [*flags.split(), "--run-dir", str(run_dir), "--resume", "auto"]
+    flow_sde_ppo.main(parse(flow_sde_ppo.Args, flow_sde_ppo.defaults, words))
+
+
+def two_ranks(run_dir):
+    """The same run in two processes; the job, and what it says."""
+    said = tempfile.TemporaryFile("w+")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words += ["flow_sde_ppo.py", *SMALL.split(), "--run-dir", str(run_dir), "--resume", "auto"]
+    environment = os.environ | {MARK: str(run_dir), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=said, stderr=said), said
 
 
 def what_is_left(run_dir):
     """The end of a finished run, by bytes: counters, generators, environments, optimiser, weights."""
     (end,) = run_dir.glob("*/learning_curve.png")
-    last = max((end.parent / "resume").iterdir())
-    counters, tensors = read_state(last)
-    policy = (end.parent / "checkpoint/model.safetensors").read_bytes()
-    return json.dumps(counters), {name: x.numpy().tobytes() for name, x in tensors.items()}, policy
+    last = max(path.name.split(".")[0] for path in (end.parent / "resume").iterdir())
+    left = [(end.parent / "checkpoint/model.safetensors").read_bytes()]
+    for path in sorted((end.parent / "resume").glob(f"{last}.*")):  # of each rank
+        counters, tensors = read_state(path)
+        left += [json.dumps(counters), {name: x.numpy().tobytes() for name, x in tensors.items()}]
+    return left
 
 
-def kills(cases, rng):
-    """The rows of a table: so many kills, after so many saves; what the resumed runs ended with."""
+def started_by(run_dir):
+    """Processes of a run, by the mark that they inherit."""
+    mark, found = f"{MARK}={run_dir}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found += [int(path.parent.name)] if mark in path.read_bytes().split(b"\0") else []
+    return found
+
+
+def in_one_line(code, text):
+    """Did it say in one line what broke? And all that it said."""
+    lines = [
+        line for line in text.replace("\r", "\n").splitlines() if "error" in line or "broke down" in line
+    ]
+    return len(lines) == 1 and "Traceback" not in text, f"code {code}: {text[-1500:]}"
+
+
+# Of these each is given a folder for the run, how long one lasts, and a generator; it returns whether the run
+# ended as it should, and what it said.
+
+
+def kill(run_dir, lasts, rng):
+    """SIGKILL at a random moment."""
+    child, said = begin(train, run_dir, limit=600)
+    time.sleep(rng.uniform(0, lasts))
+    os.kill(child, signal.SIGKILL)
+    code, text = ended(child, said)
+    return code == -signal.SIGKILL, text
+
+
+def fill_disk(run_dir, lasts, rng):
+    """From a random moment on nothing can be written: the disk is full, or (not root) files have a limit."""
+    delay = rng.uniform(0, lasts)
+
+    def limited(run_dir):
+        limits = 1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        threading.Timer(delay, resource.setrlimit, (resource.RLIMIT_FSIZE, limits)).start()
+        train(run_dir)
+
+    if not os.path.ismount(run_dir):
+        return in_one_line(*ended(*begin(limited, run_dir, limit=600)))
+    child, said = begin(train, run_dir, limit=600)
+    time.sleep(delay)
+    with open(run_dir / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(4096))
+    end = ended(child, said)
+    os.remove(run_dir / "ballast")
+    return in_one_line(*end)
+
+
+def after_chunk(when, strike):
+    """What makes of environments such that after so many chunks strike(envs, obs) happens, once."""
+    calls = []
+
+    def change(envs):
+        step = envs.step_chunk
+
+        def step_chunk(actions):
+            obs, *rest = step(actions)
+            calls.append(None)
+            if len(calls) == when:
+                strike(envs, obs)
+            return obs, *rest
+
+        envs.step_chunk = step_chunk
+        return envs
+
+    return change
+
+
+def poison(run_dir, lasts, rng):
+    """An observation that is NaN in a random chunk."""
+
+    def strike(envs, obs):
+        obs["state"][rng.randrange(len(obs["state"]))] = np.nan
+
+    change = after_chunk(rng.randrange(2, 30), strike)
+    return in_one_line(*ended(*begin(train, run_dir, SMALL, change, limit=600)))
+
+
+def kill_worker(run_dir, lasts, rng):
+    """SIGKILL of a process of simulators in a random chunk: the run goes on to its end."""
+
+    def strike(envs, obs):
+        process, _ = rng.choice(envs.processes)
+        threading.Timer(rng.uniform(0, 0.1), os.kill, (process.pid, signal.SIGKILL)).start()
+
+    flags = "--env-id metaworld_push --model tiny --obs-mode state --num-envs 4 --num-steps 4"
+    flags += " --num-minibatches 2 --critic-warmup 1 --eval-freq -1 --save-freq 100 --total-timesteps 800"
+    change = after_chunk(rng.randrange(2, 30), strike)
+    code, text = ended(*begin(train, run_dir, flags, change, limit=600))
+    good, text = in_one_line(code, text)
+    return good and code == 0, text
+
+
+def kill_rank(run_dir, lasts, rng):
+    """SIGKILL of one of two ranks after a random iteration; the job has to end in 30 s."""
+    job, said = two_ranks(run_dir)
+    iteration = rng.randrange(1, 8)
+    while job.poll() is None and not any(run_dir.glob(f"*/resume/{iteration:07}.*")):
+        time.sleep(0.1)
+    time.sleep(rng.uniform(0, 0.5))
+    ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(rng.choice(ranks)), signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        job.wait(30)
+    in_time = job.poll() is not None
+    job.kill()
+    job.wait()
+    said.seek(0)
+    text = said.read()
+    return in_time and "Signal 9 (SIGKILL) received" in text, text[-1500:]  # torchrun tells which rank
+
+
+BREAKS = {  # part: what happens, and how often
+    "kills": (kill, 50),
+    "disk": (fill_disk, 10),
+    "nan": (poison, 10),
+    "ranks": (kill_rank, 5),
+    "workers": (kill_worker, 10),
+}
+
+
+def breaks(part, cases, rng):
+    """{when: its row}: runs that were broken off, how that went, and what the resumed runs ended with."""
+    columns = "tried", "ended as they should", "the same bit for bit", "processes left after 10 s"
+    rows = {when: dict.fromkeys(columns, 0) for when in ("before the first save", "later")}
+    how, goes_on = BREAKS[part][0], part == "workers"
     importlib.import_module("flow_sde_ppo")  # what takes seconds, before the forks
     load_policy(ROOT / "checkpoints/tabletop-sft")
-    columns = "killed", "the same bit for bit", "other end"
-    moments = "before the first save", "later"
-    rows = {when: dict.fromkeys(columns, 0) for when in moments}
-    with tempfile.TemporaryDirectory() as folder:
+
+    def to_its_end(run_dir):
+        if part == "ranks":
+            return two_ranks(run_dir)[0].wait(600) == 0
+        return attempt(train, run_dir, limit=600)[0] == "accepted"
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as after:
         whole, began = Path(folder, "whole"), time.monotonic()
-        assert attempt(train, whole, limit=600)[0] == "accepted"
-        lasts = time.monotonic() - began
-        while sum(row["killed"] for row in rows.values()) < cases:
-            run_dir = Path(folder, "killed")
-            child = os.fork()
-            if child == 0:
-                for fd in (1, 2):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-                train(run_dir)
-                os._exit(0)
-            time.sleep(rng.uniform(0, lasts))
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            when = "later" if any(run_dir.glob("*/resume/*.safetensors")) else "before the first save"
-            if any(run_dir.glob("*/learning_curve.png")):  # too late: nothing is left to resume
-                shutil.rmtree(run_dir)
-                continue
-            end, code, said = attempt(train, run_dir, limit=600)
-            same = end == "accepted" and what_is_left(run_dir) == what_is_left(whole)
-            if not same:
-                print(f"killed {when}: {end}, code {code}: {said[-1500:]}", file=sys.stderr)
-            rows[when]["killed"] += 1
-            rows[when]["the same bit for bit" if same else "other end"] += 1
-            shutil.rmtree(run_dir)
-    return rows
+        assert goes_on or to_its_end(whole)
+        lasts, run_dir = time.monotonic() - began, Path(folder, "broken")
+        run_dir.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", run_dir]
+        if part == "disk" and subprocess.run(mount, capture_output=True).returncode == 0:
+            after.callback(subprocess.run, ["umount", run_dir], check=True)
+        while sum(row["tried"] for row in rows.values()) < cases:
+            good, text = how(run_dir, lasts, rng)
+            end = time.monotonic() + 10
+            while (left := started_by(run_dir)) and time.monotonic() < end:
+                time.sleep(0.1)
+            row = rows["later" if any(run_dir.glob("*/resume/*.safetensors")) else "before the first save"]
+            finished = any(run_dir.glob("*/learning_curve.png"))
+            if goes_on or not finished:  # else it came too late
+                same = finished
+                if not goes_on:
+                    same = to_its_end(run_dir) and what_is_left(run_dir) == what_is_left(whole)
+                if left or not (good and same):
+                    print(f"{part}: {good=}, {same=}, {left=}: {text}", file=sys.stderr)
+                for column, count in zip(columns, (1, good, same, len(left))):
+                    row[column] += count
+            for path in run_dir.iterdir():
+                shutil.rmtree(path)
+    return {when: row for when, row in rows.items() if row["tried"]}
+
+
+# ------------------------------------------------------------------------------------------------------- soak
+
+
+def soak(minutes, sampled=10):
+    """Resident memory of a training that evaluates and saves often: its slope, with an interval."""
+    flags = "--num-envs 64 --num-steps 2 --eval-freq 20 --save-freq 5 --total-timesteps 100000000"
+    with tempfile.TemporaryDirectory() as folder:
+        child, said = begin(train, Path(folder), flags, limit=int(60 * minutes + 600))
+        hours, megabytes, began = [], [], time.monotonic()
+        while (now := time.monotonic() - began) < 60 * minutes:
+            if now > 120:  # by then all has been done once
+                pages = int(Path(f"/proc/{child}/statm").read_text().split()[1])
+                hours.append(now / 3600)
+                megabytes.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+            time.sleep(sampled)
+        os.kill(child, signal.SIGTERM)
+        code, text = ended(child, said)
+    slope, start = np.polyfit(hours, megabytes, 1)
+    errors = np.asarray(megabytes) - np.polyval([slope, start], hours)
+    half = 1.96 * errors.std(ddof=2) / (np.std(hours) * math.sqrt(len(hours)))
+    print(f"\nsoak: {minutes:g} minutes, {len(hours)} samples, exit code {code} after SIGTERM")
+    print(f"resident memory {np.mean(megabytes):.0f} MB, slope {slope:.1f} +- {half:.1f} MB an hour (95 %)")
 
 
 # ------------------------------------------------------------------------------------------------------ table
@@ -338,28 +530,24 @@ def table(part, cases, seed, verbose=False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", choices=[*PARTS, "kills"], help="one part")
-    parser.add_argument("--cases", type=int, help="default 200 checkpoints, 300 command lines, 50 kills")
+    parser.add_argument("--only", choices=[*PARTS, *BREAKS, "soak"], help="one part")
+    parser.add_argument("--cases", type=int, help="of each part; default 200, 300, 50, 10, 10, 5, 10")
+    parser.add_argument("--minutes", type=float, default=20, help="of the soak")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true", help="print what was not refused as it should be")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    titles = (
-        "tried",
-        "refused, 2 lines at most",
-        "traceback",
-        "killed",
-        "longer",
-        "accepted",
-        "cannot be seen",
-    )
-    for part in [args.only] if args.only else [*PARTS, "kills"]:
-        cases = args.cases or {"checkpoints": 200, "flags": 300, "kills": 50}[part]
-        if part == "kills":
-            rows = kills(cases, random.Random(f"kills {args.seed}"))
+    ends = "refused, 2 lines at most", "traceback", "killed", "longer", "accepted", "cannot be seen"
+    for part in [args.only] if args.only else [*PARTS, *BREAKS, "soak"]:
+        if part == "soak":
+            soak(args.minutes)
+            continue
+        if part in BREAKS:
+            rows = breaks(part, args.cases or BREAKS[part][1], random.Random(f"{part} {args.seed}"))
             titles = next(iter(rows.values()))
         else:
-            rows = table(part, cases, args.seed, args.verbose)
+            cases = args.cases or {"checkpoints": 200, "flags": 300}[part]
+            rows, titles = table(part, cases, args.seed, args.verbose), ("tried", *ends)
         rows["**all**"] = {key: sum(row[key] for row in rows.values()) for key in next(iter(rows.values()))}
         print(f"\n| {part}, seed {args.seed} | {' | '.join(titles)} |\n|---{'|---' * len(titles)}|")
         for what, row in rows.items():

@@ -51,7 +51,10 @@ def test_all_are_refused(part, cases):
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_if_they_were_not():
-    rows = faults.kills(3, random.Random(0))
-    assert sum(row["killed"] for row in rows.values()) == 3
-    assert not any(row["other end"] for row in rows.values())
+@pytest.mark.parametrize("part, cases", [("kills", 3), ("disk", 1), ("nan", 2), ("ranks", 1)])
+def test_broken_runs_end_as_if_they_were_not(part, cases):
+    rows = faults.breaks(part, cases, random.Random(1)).values()
+    assert sum(row["tried"] for row in rows) == cases
+    for row in rows:
+        assert row["ended as they should"] == row["the same bit for bit"] == row["tried"]
+        assert not row["processes left after 10 s"]

@@ -558,6 +558,22 @@ def test_nothing_broken_is_saved(tmp_path):
         assert (tmp_path / "a" / ONE).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_full_disk_leaves_the_old_folder(tmp_path):
+    """No file may be larger than 20 kB."""
+    policy = make_policy()
+    save_policy(policy, tmp_path / "a")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_policy(policy, tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()} == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_files_of_others_stay(tmp_path):
     """The folder is replaced, so it must be the policy's own."""
     policy = make_policy()
