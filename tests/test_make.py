@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
 # the tests are inside of the last two; the others install, or take minutes
-LONG = ["install", "apt", "check", "test", "test-fast"]
+LONG = ["install", "apt", "libero-assets", "check", "test", "test-fast"]
 installed = pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="tests run outside .venv")
 
 
