@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate as script
 import flow_sde_ppo
 from envs import make_envs
-from evaluate import Args, main, markdown, play_expert, summarize, wilson
+from evaluate import Args, main, play_expert
 from pi_models import CHECKPOINTS, TINY, Policy, load_policy, save_policy
+from reports import draw_video, markdown, summarize, wilson
 from simulators import tabletop
 
 torch.set_num_threads(1)
@@ -206,7 +207,7 @@ def test_run_with_video(few_states, checkpoint, monkeypatch, tmp_path, capsys):
 def test_video_tells_how_episodes_end():
     pictures = np.full((8, 2, 128, 128, 3), 255, np.uint8)
     rows = [("before", pictures, [True, False], [3, 8]), ("after", pictures[:6], [False, True], [6, 5])]
-    frames = script.draw_video(rows, ["open the drawer", "press the button"])
+    frames = draw_video(rows, ["open the drawer", "press the button"])
 
     def colours(t):  # of the four results, at their left ends
         pixels = np.array([frames[t, y + 138, x + 3] for y in (74, 254) for x in (4, 136)], float)
