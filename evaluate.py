@@ -56,6 +56,8 @@ class Args:
     """play every state with noise as well, as the rollouts of training do"""
     json: str = ""
     """file for all the numbers"""
+    records: str = ""
+    """file for a line of JSON per episode: policy, env_id, seed, task, state, success, length, return"""
     capture_video: str = ""
     """GIF to write: a row per checkpoint, six tasks, each from the first of its states"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -147,6 +149,63 @@ def spreads(agent, envs):
     return (0.5 * (a - b) ** 2).mean().sqrt().item(), agent.exploration(prefix, generator)
 
 
+def play(args, envs, players, filmed):
+    """Every policy on an environment: the report, a line for each episode, and the frames of a video or None.
+
+    players: (label, checkpoint, policy, what `sampler` says) of each.
+    """
+    num_states, limit, expert = envs.num_eval_states, chain_limit(envs.env_id), None
+    if envs.env_id.startswith("tabletop"):
+        expert = play_expert(make_envs(envs.env_id, num_states, 0, partial_reset=False))
+    columns = min(6, envs.num_envs)  # episodes of the first round, of tasks evenly
+    shown = np.linspace(0, min(max(len(envs.tasks), 6), envs.num_envs) - 1, columns)
+    shown = np.ceil(shown).astype(int)
+    results, episodes, rows = [], [], []
+    for label, checkpoint, policy, (chosen, source) in players:
+        policy.fit_prompts(envs.prompts)
+        agent, played = Agent(policy, chosen), {"sampler": vars(chosen), "sampler_source": source}
+        wide = spreads(agent, envs) if args.stochastic else (None, None)
+        for ode in (True, False)[: 1 + args.stochastic]:
+            kind = "ODE" if ode else "SDE" if chosen.noise == "sde" else "learned noise"
+            name = f"{label}, {kind}" if args.stochastic else label
+            print(
+                f"evaluating {name} on {envs.env_id}: {num_states} episodes, seeds {args.seeds}", flush=True
+            )
+            record = shown[-1] + 1 if filmed and ode else 0
+            runs = []
+            for i, seed in enumerate(args.seeds):
+                runs.append(evaluate(agent, envs, ode, seed, 0 if i else record))
+                if limit:
+                    runs[-1]["solved"] = runs[-1]["return"].astype(int)
+                if args.records:
+                    episodes += records(runs[-1], envs, name, seed)
+            summary = summarize(runs, expert, envs.tasks)
+            told = {"name": name, "checkpoint": checkpoint, "deterministic": ode, "spread": wide[not ode]}
+            results.append(told | played | summary)
+            if record:
+                title = f"{label}: success in {summary['success_rate']:.1%} of {summary['episodes']} episodes"
+                film = (frame[shown].reshape(-1, 128, 2, 128, 2, 3) for frame in runs[0]["frames"])
+                halves = [pairs.mean(axis=(2, 4)) for pairs in film]
+                rows.append((title, np.uint8(halves), runs[0]["success"][shown], runs[0]["length"][shown]))
+    envs.close()
+    protocol = asdict(args) | {"env_id": envs.env_id, "num_states": num_states, "chain_limit": limit}
+    protocol |= {"max_episode_steps": envs.max_episode_steps, "about": getattr(envs, "about", "")}
+    protocol["torch"] = torch.__version__
+    means = [None] * len(envs.tasks) if expert is None else expert.mean(axis=1).tolist()
+    report = {"protocol": protocol, "expert_length": dict(zip(envs.tasks, means)), "results": results}
+    prompts = [envs.prompts[task] for task in runs[0]["task"][shown]]
+    return report, episodes, draw_video(rows, prompts) if rows else None
+
+
+def records(run, envs, policy, seed):
+    """A dictionary for each episode of a result of `evaluate`, which plays the tasks in turn."""
+    tasks = [envs.tasks[i] for i in run["task"]]
+    states = np.arange(len(tasks)) // len(envs.tasks)
+    columns = tasks, states.tolist(), *(run[key].tolist() for key in ("success", "length", "return"))
+    names, told = ("task", "state", "success", "length", "return"), {"policy": policy, "env_id": envs.env_id}
+    return [told | {"seed": seed} | dict(zip(names, row)) for row in zip(*columns)]
+
+
 def main(args):
     # -- the user's mistakes
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -158,6 +217,7 @@ def main(args):
         (len(args.labels) not in (0, len(args.checkpoints)), "--labels: give one per checkpoint"),
         (len({*args.seeds}) < len(args.seeds), "--seeds: each only once, or its episodes count twice"),
         (gif and not gif.endswith(".gif"), f"--capture-video {gif}: the name must end in .gif"),
+        (args.records and args.records == args.json, "--records and --json must be two files"),
         (device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:
         if wrong:
@@ -167,13 +227,11 @@ def main(args):
     envs = make_envs(args.env_id, args.num_envs, 0, partial_reset=False, **mode)
     if envs.num_eval_envs != args.num_envs:  # the tabletop's: a state gets the same noise as in training
         envs = make_envs(args.env_id, envs.num_eval_envs, 0, partial_reset=False, **mode)
-    num_states = envs.num_eval_states
     policies = [load_policy(checkpoint, device) for checkpoint in args.checkpoints]
     samplers = [sampler(args, *pair) for pair in zip(args.checkpoints, policies)]
     for policy in policies:
         policy.check_robot(*(envs.single_observation_space["state"].shape + envs.single_action_space.shape))
-        policy.fit_prompts(envs.prompts)
-    for path in filter(None, (args.json, gif)):
+    for path in filter(None, (args.json, args.records, gif)):
         try:
             if os.path.isdir(path):
                 raise IsADirectoryError(0, "it is a folder")
@@ -184,50 +242,18 @@ def main(args):
 
     # -- episodes
     names = [path.rstrip("/").removesuffix("/checkpoint").split("/")[-1] for path in args.checkpoints]
-    expert = None  # it is the tabletop's
-    if args.env_id.startswith("tabletop"):
-        expert = play_expert(make_envs(args.env_id, num_states, 0, partial_reset=False))
-    columns = min(6, envs.num_envs)  # episodes of the first round, of tasks evenly
-    shown = np.linspace(0, min(max(len(envs.tasks), 6), envs.num_envs) - 1, columns)
-    shown = np.ceil(shown).astype(int)
-    results, rows = [], []
-    for label, checkpoint, policy, chosen in zip(args.labels or names, args.checkpoints, policies, samplers):
-        agent, played = Agent(policy, chosen[0]), {"sampler": vars(chosen[0]), "sampler_source": chosen[1]}
-        wide = spreads(agent, envs) if args.stochastic else (None, None)
-        for ode in (True, False)[: 1 + args.stochastic]:
-            kind = "ODE" if ode else "SDE" if chosen[0].noise == "sde" else "learned noise"
-            name = f"{label}, {kind}" if args.stochastic else label
-            print(f"evaluating {name}: {num_states} episodes, seeds {args.seeds}", flush=True)
-            record = shown[-1] + 1 if gif and ode else 0
-            runs = []
-            for i, seed in enumerate(args.seeds):
-                runs.append(evaluate(agent, envs, ode, seed, 0 if i else record))
-                if chain_limit(args.env_id):
-                    runs[-1]["solved"] = runs[-1]["return"].astype(int)
-            summary = summarize(runs, expert, envs.tasks)
-            told = {"name": name, "checkpoint": checkpoint, "deterministic": ode, "spread": wide[not ode]}
-            results.append(told | played | summary)
-            if record:
-                title = f"{label}: success in {summary['success_rate']:.1%} of {summary['episodes']} episodes"
-                film = (frame[shown].reshape(-1, 128, 2, 128, 2, 3) for frame in runs[0]["frames"])
-                halves = [pairs.mean(axis=(2, 4)) for pairs in film]
-                rows.append((title, np.uint8(halves), runs[0]["success"][shown], runs[0]["length"][shown]))
+    players = list(zip(args.labels or names, args.checkpoints, policies, samplers))
+    report, episodes, frames = play(args, envs, players, filmed=bool(gif))
 
     # -- results
-    protocol = {**asdict(args), "num_states": num_states, "max_episode_steps": envs.max_episode_steps}
-    protocol |= {"chain_limit": chain_limit(args.env_id), "about": getattr(envs, "about", "")}
-    protocol["torch"] = torch.__version__
-    envs.close()
-    means = [None] * len(envs.tasks) if expert is None else expert.mean(axis=1).tolist()
-    expert_length = dict(zip(envs.tasks, means))
-    report = {"protocol": protocol, "expert_length": expert_length, "results": results}
     print(f"\n{markdown(report)}\n")
-    if args.json:
-        with open(f"{args.json}.tmp", "w") as file:
-            json.dump(report, file, indent=1)
-        os.replace(f"{args.json}.tmp", args.json)
+    lines = "".join(f"{json.dumps(episode)}\n" for episode in episodes)
+    for path, text in (args.json, json.dumps(report, indent=1)), (args.records, lines):
+        if path:
+            Path(f"{path}.tmp").write_text(text)
+            os.replace(f"{path}.tmp", path)
     if gif:
-        write_gif(gif, draw_video(rows, [envs.prompts[task] for task in runs[0]["task"][shown]]))
+        write_gif(gif, frames)
         print(f"video: {gif}")
 
 

@@ -84,7 +84,7 @@ def markdown(report):
     about = f"{p['env_id']} ({p['about']})" if p.get("about") else p["env_id"]
     return (
         f"{table}\n\nProtocol: {about}, {p['obs_mode']} observations, {p['num_states']} fixed states, "
-        f"at most {limit}, {'; '.join(played)}, "
+        f"at most {limit}, success at any step, {'; '.join(played)}, "
         f"evaluation seed {', '.join(map(str, p['seeds']))}, torch {p['torch']}."
     )
 

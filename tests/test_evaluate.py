@@ -160,11 +160,29 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
             assert result["tasks"][task] == {"success_rate": wins / 12, "successes": wins, "episodes": 12}
             assert table[task][0] == f"{expert[i].mean():.1f}"
     assert "Protocol: tabletop, rgb observations, 60 fixed states, at most 40 steps (paper's limit), " in out
+    assert "limit), success at any step, chunks of 5" in out
     assert "chunks of 5, K = 4 (defaults for tabletop), deterministic ODE and with noise (two-layer, " in out
     assert "euler, level 0.7), evaluation seed 3, 4, torch " + torch.__version__ in out
     protocol = {"env_id": "tabletop", "num_states": 60, "max_episode_steps": 40, "seeds": [3, 4]}
     assert protocol.items() <= report["protocol"].items()
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
+
+
+def test_records_say_which_episode(few_states):
+    """A line for each, whose success is that of its own scene."""
+    envs = make_envs("tabletop", 30, 0, partial_reset=False)  # two rounds
+    lines = script.records(script.evaluate(Expert(envs), envs), envs, "mine", 7)
+    left = (envs.eval_scenes[1] <= 0).reshape(10, 6)
+    expert = play_expert(make_envs("tabletop", 60, 0, partial_reset=False))
+    seen = set()
+    for line in lines:
+        task, state = envs.tasks.index(line["task"]), line["state"]
+        seen.add((task, state))
+        length = int(expert[task, state]) if left[task, state] else 40
+        same = {"policy": "mine", "env_id": "tabletop", "seed": 7, "length": length}
+        assert same.items() <= line.items() and len(line) == 8
+        assert line["success"] is bool(left[task, state]) and line["return"] == float(line["success"])
+    assert len(lines) == len(seen) == 60
 
 
 def test_without_a_success_there_is_no_length():
@@ -188,15 +206,20 @@ def test_without_a_success_there_is_no_length():
 
 def test_run_with_video(few_states, checkpoint, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tabletop.Tabletop, "max_episode_steps", 15)
-    gif, path = tmp_path / "demo.gif", tmp_path / "numbers.json"
+    gif, path, lines = (tmp_path / name for name in ("demo.gif", "numbers.json", "lines.jsonl"))
     args = Args(checkpoints=(checkpoint, checkpoint), labels=("before", "after"), capture_video=str(gif))
-    args.env_id, args.json = "tabletop_press_button", str(path)
+    args.env_id, args.json, args.records, args.seeds = "tabletop_press_button", str(path), str(lines), (0, 3)
     main(args)
+    episodes = list(map(json.loads, lines.read_text().splitlines()))
+    assert [(e["policy"], e["seed"], e["state"]) for e in episodes] == [
+        (policy, seed, state) for policy in ("before", "after") for seed in (0, 3) for state in range(6)
+    ]
     report = json.loads(path.read_text())
     first, second = report["results"]
     assert {**first, "name": ""} == {**second, "name": ""}  # the same policy, the same noise
-    assert list(report["expert_length"]) == ["press_button"] and first["episodes"] == 6
-    assert f"video: {gif}" in capsys.readouterr().out and sorted(tmp_path.iterdir()) == [gif, path]
+    assert list(report["expert_length"]) == ["press_button"] and first["episodes"] == 12
+    assert first["successes"] == sum(episode["success"] for episode in episodes[:12])
+    assert f"video: {gif}" in capsys.readouterr().out and sorted(tmp_path.iterdir()) == [gif, lines, path]
     picture = Image.open(gif)
     assert picture.size[0] > 6 * 128 and picture.size[1] > 2 * 128 and gif.stat().st_size < 1.5e6
     assert picture.n_frames == 15
@@ -322,6 +345,9 @@ def test_the_ode_needs_no_noise_head(few_states, checkpoint, monkeypatch, capsys
         ({"capture_video": "nowhere/demo.gif"}, "nowhere/demo.gif"),
         ({"json": "file/numbers.json"}, "file/numbers.json"),
         ({"json": "folder"}, "folder"),
+        ({"records": "nowhere/lines.jsonl"}, "nowhere/lines.jsonl"),
+        ({"records": "folder"}, "folder"),
+        ({"records": "same", "json": "same"}, "--records and --json"),
     ],
 )
 def test_mistakes_are_one_line(wrong, words, checkpoint, few_states, monkeypatch, tmp_path, capsys):
