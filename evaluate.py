@@ -5,6 +5,8 @@ On LIBERO these are its 500 initial states, on MetaWorld 50 seeds a task (MT50, 
 classes are reported too, on SIMPLER every layout, on put-on-plate about 320 episodes, as many of each
 instruction, on CALVIN 1,000 chains of instructions: len-k is the share with at least k solved in a row, and
 their sum the average length.
+With `--variations` the same policies also play what training never showed, in the groups of Table 3: the
+tabletop's nine shifts, put-on-plate's twelve variants. A group's mean has its interval.
 With `--stochastic` the same states are also played with the noise that RL explores with; the difference is
 the train-eval gap of the paper's Table 6, and a row says how wide that noise is (`spreads`).
 Every state is one episode; success at any step of it is success.
@@ -13,6 +15,7 @@ defaults for the environment (paper.toml), unless a flag says otherwise; the pro
 
     python evaluate.py                                                     # checkpoints/tabletop-sft
     python evaluate.py --checkpoints checkpoints/tabletop-sft runs/.../checkpoint --capture-video demo.gif
+    python evaluate.py --checkpoints checkpoints/tabletop-sft runs/.../checkpoint --variations
     python evaluate.py --checkpoints runs/.../checkpoint --stochastic --noise learned --mdp two-layer
     python evaluate.py --checkpoints FOLDER --env-id libero_goal --eval-protocol openpi --device cuda
 """
@@ -28,11 +31,11 @@ import numpy as np
 import torch
 
 import flow_sde_ppo
-from envs import make_envs, write_gif
+from envs import find_variations, make_envs, write_gif
 from flags import check_effects, check_ranges, fail, possible, read
 from flow_sde_ppo import Agent, evaluate
 from pi_models import load_policy
-from reports import draw_video, markdown, summarize
+from reports import draw_video, group_means, markdown, summarize
 from simulators.calvin import chain_limit
 
 
@@ -46,6 +49,8 @@ class Args:
     """environment; an unknown name lists the nearest ones"""
     obs_mode: Literal["rgb", "fast", "state"] = "rgb"
     """fast: pictures without shadows; state: numbers, no pictures"""
+    variations: bool = False
+    """also the out-of-distribution variations of it, as in Table 3: of tabletop and maniskill_25main"""
     eval_protocol: Literal["paper", "openpi"] = "paper"
     """whose step limits"""
     num_envs: int = 16
@@ -206,6 +211,14 @@ def records(run, envs, policy, seed):
     return [told | {"seed": seed} | dict(zip(names, row)) for row in zip(*columns)]
 
 
+def build(args, env_id):
+    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol}
+    envs = make_envs(env_id, args.num_envs, 0, partial_reset=False, **mode)
+    if envs.num_eval_envs != args.num_envs:  # the tabletop's: a state gets the same noise as in training
+        envs = make_envs(env_id, envs.num_eval_envs, 0, partial_reset=False, **mode)
+    return envs
+
+
 def main(args):
     # -- the user's mistakes
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -223,10 +236,8 @@ def main(args):
         if wrong:
             fail(message)
     torch.set_num_threads(args.num_threads)
-    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol}
-    envs = make_envs(args.env_id, args.num_envs, 0, partial_reset=False, **mode)
-    if envs.num_eval_envs != args.num_envs:  # the tabletop's: a state gets the same noise as in training
-        envs = make_envs(args.env_id, envs.num_eval_envs, 0, partial_reset=False, **mode)
+    groups = find_variations(args.env_id) if args.variations else {}
+    envs, *others = (build(args, env_id) for env_id in (args.env_id, *groups))  # before hours of episodes
     policies = [load_policy(checkpoint, device) for checkpoint in args.checkpoints]
     samplers = [sampler(args, *pair) for pair in zip(args.checkpoints, policies)]
     for policy in policies:
@@ -244,6 +255,12 @@ def main(args):
     names = [path.rstrip("/").removesuffix("/checkpoint").split("/")[-1] for path in args.checkpoints]
     players = list(zip(args.labels or names, args.checkpoints, policies, samplers))
     report, episodes, frames = play(args, envs, players, filmed=bool(gif))
+    for other in others:
+        told, more, _ = play(args, other, players, filmed=False)
+        report.setdefault("variations", {})[other.env_id] = {"group": groups[other.env_id]} | told
+        episodes += more
+    if others:
+        report["groups"] = group_means(report["variations"])
 
     # -- results
     print(f"\n{markdown(report)}\n")

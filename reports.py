@@ -45,21 +45,54 @@ def summarize(runs, expert, tasks):
     }
 
 
+CELL = "{success_rate:.1%} ({successes}/{episodes})"
+
+
+def group_means(variations):
+    """{group: the mean of each policy}, and "mean": that of the groups.
+
+    As in Table 3, every variation of a group has the same weight, and so has every group. The interval is
+    Wilson's for as many episodes as the mean is worth: all of them where each variation has as many.
+    """
+
+    def mean(results, weights):  # of one policy
+        rates, episodes = (np.array([r[key] for r in results]) for key in ("success_rate", "episodes"))
+        rate, worth = float(weights @ rates), float(1 / (weights**2 / episodes).sum())
+        count = {"successes": sum(r["successes"] for r in results), "episodes": int(episodes.sum())}
+        return {"success_rate": rate, **count, "interval": wilson(rate * worth, worth)}
+
+    groups = {}
+    for told in variations.values():
+        groups.setdefault(told["group"], []).append(told["results"])
+    weights = {group: np.full(len(members), 1 / len(members)) for group, members in groups.items()}
+    means = {group: [mean(r, weights[group]) for r in zip(*members)] for group, members in groups.items()}
+    weight = np.concatenate(list(weights.values())) / len(groups)
+    return means | {"mean": [mean(r, weight) for r in zip(*sum(groups.values(), []))]}
+
+
 def markdown(report):
     """The report as a table, with a line on how it was measured."""
+    rows = variation_rows(report) if "variations" in report else task_rows(report)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    table = "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+    return f"{table}\n\nProtocol: {protocol_line(report)}"
+
+
+def task_rows(report):
     expert, results, p = report["expert_length"], report["results"], report["protocol"]
-    cell = "{success_rate:.1%} ({successes}/{episodes})".format
 
     def steps(length):
         return "-" if length is None else f"{length:.1f}"
 
     rows = [("task", "expert length", *(r["name"] for r in results))]
     listed = expert.items() if len(expert) <= 100 else ()  # the others' tasks are in --json
-    rows += [(t, steps(length), *(cell(**r["tasks"][t]) for r in results)) for t, length in listed]
-    rows += [(f"*{c}*", "", *(cell(**r["classes"][c]) for r in results)) for c in results[0]["classes"]]
+    rows += [(t, steps(length), *(CELL.format(**r["tasks"][t]) for r in results)) for t, length in listed]
+    for name in results[0]["classes"]:
+        rows.append((f"*{name}*", "", *(CELL.format(**r["classes"][name]) for r in results)))
     lengths = [length for length in expert.values() if length is not None]
     mean = steps(np.mean(lengths) if lengths else None)
-    rows.append(("**mean**", mean, *(f"**{cell(**r)}**" for r in results)))
+    rows.append(("**mean**", mean, *(f"**{CELL.format(**r)}**" for r in results)))
     rows.append(("95% interval", "", *("{:.1%} to {:.1%}".format(*r["interval"]) for r in results)))
     for name, key in ("length of successes", "length"), ("expert's, same states", "expert_length"):
         rows.append((name, "", *(steps(r[key]) for r in results)))
@@ -67,10 +100,30 @@ def markdown(report):
         rows.append(("average length of chains", "", *(f"{r['chain_length']:.3f}" for r in results)))
     if p["stochastic"]:
         rows.append(("spread (ODE: over A^0, else given it)", "", *(f"{r['spread']:.2f}" for r in results)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    table = "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
-    played = {}  # how: the policies that are played so
+    return rows
+
+
+def variation_rows(report):
+    """As Table 3 is grouped: training's own distribution, then every group's variations and their mean."""
+
+    def bold(results):
+        said = "**{success_rate:.1%}** [{interval[0]:.1%}, {interval[1]:.1%}]"
+        return [said.format(**result) for result in results]
+
+    results, variations = report["results"], report["variations"]
+    rows = [("success", *(r["name"] for r in results))]
+    rows.append((f"{report['protocol']['env_id']}, in distribution", *bold(results)))
+    for group, means in report["groups"].items():
+        for env_id, other in variations.items():
+            if other["group"] == group:
+                rows.append((env_id, *(CELL.format(**r) for r in other["results"])))
+        title = "mean of the groups" if group == "mean" else group
+        rows.append((f"**{title}**", *bold(means)))
+    return rows
+
+
+def protocol_line(report):
+    results, p, played = report["results"], report["protocol"], {}  # how: the policies that are played so
     for result in (r for r in results if r["deterministic"]):
         x = result["sampler"]
         how = f"chunks of {x['chunk_len']}, K = {x['denoise_steps']} ({result['sampler_source']}), "
@@ -82,10 +135,14 @@ def markdown(report):
     played = [how if len(played) == 1 else f"{how} ({', '.join(who)})" for how, who in played.items()]
     limit = p.get("chain_limit") or f"{p['max_episode_steps']} steps ({p['eval_protocol']}'s limit)"
     about = f"{p['env_id']} ({p['about']})" if p.get("about") else p["env_id"]
+    states = f"{p['num_states']} fixed states"
+    if others := report.get("variations"):
+        counts = sorted({p["num_states"], *(other["protocol"]["num_states"] for other in others.values())})
+        about += f" and {len(others)} variations of it"
+        states = f"{' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} fixed states of each"
     return (
-        f"{table}\n\nProtocol: {about}, {p['obs_mode']} observations, {p['num_states']} fixed states, "
-        f"at most {limit}, success at any step, {'; '.join(played)}, "
-        f"evaluation seed {', '.join(map(str, p['seeds']))}, torch {p['torch']}."
+        f"{about}, {p['obs_mode']} observations, {states}, at most {limit}, success at any step, "
+        f"{'; '.join(played)}, evaluation seed {', '.join(map(str, p['seeds']))}, torch {p['torch']}."
     )
 
 

@@ -17,7 +17,7 @@ import flow_sde_ppo
 from envs import make_envs
 from evaluate import Args, main, play_expert
 from pi_models import CHECKPOINTS, TINY, Policy, load_policy, save_policy
-from reports import draw_video, markdown, summarize, wilson
+from reports import draw_video, group_means, markdown, summarize, wilson
 from simulators import tabletop
 
 torch.set_num_threads(1)
@@ -201,6 +201,91 @@ def test_without_a_success_there_is_no_length():
     assert "task 7" not in markdown(report | {"expert_length": tasks, "results": [many]})
 
 
+# --- the table of variations ---
+
+
+def one_policy(**rates):
+    """Results by variation of a policy: {name: (group, successes, episodes)} as in a report."""
+    return {
+        name: {"group": group, "results": [{"success_rate": s / n, "successes": s, "episodes": n}]}
+        for name, (group, s, n) in rates.items()
+    }
+
+
+def test_means_of_table_3():
+    """From the rates of Table 9, pi0 and Flow-SDE, of 320 episodes thrice: Table 3."""
+    vision, semantics = (64.58, 68.75, 66.04, 55.83, 62.40, 48.96), (28.23, 36.46, 16.35, 20.52)
+    rates = {"vision": vision, "semantics": semantics, "execution": (17.40, 45.63)}
+    told = {
+        f"{g}{i}": (g, round(9.6 * rate), 960) for g, many in rates.items() for i, rate in enumerate(many)
+    }
+    found = {
+        group: round(100 * means[0]["success_rate"], 1)
+        for group, means in group_means(one_policy(**told)).items()
+    }
+    assert found == {"vision": 61.1, "semantics": 25.4, "execution": 31.5, "mean": 39.3}
+
+
+def test_a_mean_is_worth_so_many_episodes():
+    found = group_means(one_policy(a=("x", 8, 10), b=("x", 20, 40), c=("y", 5, 20)))
+    x, y, mean = (found[group][0] for group in ("x", "y", "mean"))
+    assert x["success_rate"] == pytest.approx(0.65) and mean["success_rate"] == pytest.approx(0.45)
+    assert (x["successes"], x["episodes"]) == (28, 50) and (mean["successes"], mean["episodes"]) == (33, 70)
+    # p (1 - p) sum w^2 / n, as of one rate of that many episodes
+    for result, worth in (x, 1 / (0.25 / 10 + 0.25 / 40)), (y, 20), (mean, 16 / (1 / 10 + 1 / 40 + 4 / 20)):
+        expected = score_interval(result["success_rate"] * worth, worth)
+        assert result["interval"] == pytest.approx(expected, abs=1e-6)
+    equal = group_means(one_policy(a=("x", 8, 10), b=("x", 5, 10)))["x"][0]
+    assert equal["interval"] == pytest.approx(wilson(13, 20))
+
+
+def test_variations(few_states, checkpoint, monkeypatch, tmp_path, capsys):
+    """Rows, means and records are those of the episodes that were played where they say."""
+    rng, played = np.random.default_rng(0), {}
+
+    def invented(agent, envs, deterministic=True, seed=0, record=0):
+        run = {"success": rng.random(60) < rng.random(), "length": rng.integers(5, 40, 60)}
+        played.setdefault(envs.env_id, []).append(run["success"])
+        return run | {"return": run["success"].astype(float), "task": np.tile(np.arange(10), 6)}
+
+    monkeypatch.setattr(script, "evaluate", invented)
+    path, lines = tmp_path / "numbers.json", tmp_path / "lines.jsonl"
+    args = Args(checkpoints=(checkpoint, checkpoint), labels=("SFT", "RL"), variations=True, seeds=(0, 1))
+    args.json, args.records = str(path), str(lines)
+    main(args)
+    out = capsys.readouterr().out
+    table, report = cells(out), json.loads(path.read_text())
+    names = ["new_table", "lamp", "noise", "new_words", "new_colours", "distractors"]
+    names = [f"tabletop_ood_{name}" for name in [*names, "new_places", "new_start", "moving_target"]]
+    assert list(played) == ["tabletop", *names] and table["success"] == ["SFT", "RL"]
+    order = ["success", "---", "tabletop, in distribution", *names[:3], "**vision**", *names[3:6]]
+    order += ["**semantics**", *names[6:], "**execution**", "**mean of the groups**"]
+    assert [key if key.strip("-") else "---" for key in table] == order
+    rates = {}
+    for env_id, runs in played.items():  # SFT by both seeds, then RL
+        counts = [int(sum(run.sum() for run in runs[i : i + 2])) for i in (0, 2)]
+        rates[env_id] = np.array(counts) / 120
+        if env_id != "tabletop":
+            assert table[env_id] == [f"{n / 120:.1%} ({n}/120)" for n in counts]
+            results = report["variations"][env_id]["results"]
+            assert [result["successes"] for result in results] == counts
+        of_this = [json.loads(line) for line in lines.read_text().splitlines() if f'"{env_id}"' in line]
+        assert [sum(e["success"] for e in of_this if e["policy"] == name) for name in ("SFT", "RL")] == counts
+        assert len(of_this) == 240
+    groups = {"vision": names[:3], "semantics": names[3:6], "execution": names[6:]}
+    means = {group: np.mean([rates[name] for name in members], axis=0) for group, members in groups.items()}
+    means["mean of the groups"] = np.mean(list(means.values()), axis=0)
+    means["tabletop, in distribution"] = rates["tabletop"]
+    for title, mean in means.items():
+        row = table.get(f"**{title}**") or table[title]
+        episodes = {"tabletop, in distribution": 120, "mean of the groups": 1080}.get(title, 360)
+        for cell, rate in zip(row, mean):
+            low, high = score_interval(rate * episodes, episodes)
+            assert cell == f"**{rate:.1%}** [{low:.1%}, {high:.1%}]"
+    assert "Protocol: tabletop and 9 variations of it, rgb observations, 60 fixed states of each, at" in out
+    assert sorted(tmp_path.iterdir()) == [lines, path]
+
+
 # --- the whole script ---
 
 
@@ -328,6 +413,7 @@ def test_the_ode_needs_no_noise_head(few_states, checkpoint, monkeypatch, capsys
     "wrong, words",
     [
         ({"env_id": "tabletop_red_plat"}, "tabletop_red_plate"),
+        ({"env_id": "tabletop_red_plate", "variations": True}, "--variations"),
         ({"checkpoints": ("nowhere",)}, "nowhere"),
         ({"checkpoints": ()}, "--checkpoints"),
         ({"seeds": ()}, "--seeds"),
