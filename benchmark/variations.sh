@@ -2,7 +2,7 @@
 # Generalisation: SFT and every policy of benchmark/compare.sh on the tabletop and on its nine variations, then
 # the table in docs/results/generalisation.md by benchmark/variations_table.py.
 #
-#     bash benchmark/variations.sh           # after compare.sh; two to three minutes a policy, one after another
+#     bash benchmark/variations.sh           # after compare.sh; about a minute of CPU time a policy
 #     JOBS=2 bash benchmark/variations.sh    # two at a time, on two idle cores
 #
 # A policy that has a report in $OUT is not evaluated again, so an interrupted call can be made again.

@@ -90,10 +90,8 @@ def gains(sft, runs):
         gain = {row: 100 * (np.array([rates(r)[row] for r in seeds.values()]) - start[row]) for row in start}
         whole = gain["in distribution"].mean()
         told = [f"{group} {gain[group].mean():+.1f} ({gain[group].mean() / whole:.0%})" for group in GROUPS]
-        line = (
-            f"- {SCRIPTS[script]}, seeds {', '.join(map(str, seeds))}: in distribution {whole:+.1f} points, "
-        )
-        line += f"{', '.join(told)}."
+        which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        line = f"- {SCRIPTS[script]}, {which}: in distribution {whole:+.1f} points, {', '.join(told)}."
         for group in ("vision", "execution"):
             mean, low, high = interval(gain[group] - gain["semantics"])
             line += f" {group.capitalize()} minus semantics: {mean:+.1f}"
