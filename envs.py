@@ -25,6 +25,7 @@ The contract. A simulator is a class in a file of simulators/ and a line in SIMU
     render(size)                 a picture for people, (size, size, 3) uint8
     expert_action()              optional: the action (D,) of a scripted expert
     about                        optional: what the protocol line of an evaluation has to say of it
+    variations                   optional, of the class: {env_id: {the id of an unseen variation: its group}}
 
 What a user has to put right (assets, an unknown name) is a ValueError of one line. Any other exception, and
 NaN in state or reward, is a breakdown: the simulator is built anew and its episode dropped. `Simulators` in
@@ -50,6 +51,7 @@ from vector_envs import Simulators, select_rows  # noqa: F401  # the scripts kno
 
 SIMULATORS = {  # what an env_id begins with: the class, imported when it is asked for
     "tabletop": "simulators.tabletop:Tabletop",
+    "tabletop_ood": "simulators.tabletop_shifts:ShiftedTabletop",
     "metaworld": "simulators.metaworld:MetaWorld",
     "libero": "simulators.libero:Libero",
     "maniskill_25": "simulators.put_on_plate:PutOnPlate",
@@ -95,6 +97,16 @@ def find_simulator(env_id):
     known = [list(pkgutil.resolve_name(place).env_ids) for place in SIMULATORS.values()]
     nearest = difflib.get_close_matches(env_id, sum(known, []), n=5) or [ids[0] for ids in known]
     fail(f"unknown env_id {env_id!r}; did you mean one of: {', '.join(nearest)}?")
+
+
+def find_variations(env_id):
+    """{env_id: group}: what --variations evaluates on besides, of an environment that is trained on."""
+    known = {}
+    for place in SIMULATORS.values():
+        known |= getattr(pkgutil.resolve_name(place), "variations", {})
+    if env_id not in known:
+        fail(f"--variations: there are none of {env_id}, only of {', '.join(known)}")
+    return known[env_id]
 
 
 def write_gif(path: str | Path, frames: Sequence[np.ndarray], caption: str = "", fps: int = 10):

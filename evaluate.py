@@ -5,6 +5,8 @@ On LIBERO these are its 500 initial states, on MetaWorld 50 seeds a task (MT50, 
 classes are reported too, on SIMPLER every layout, on put-on-plate about 320 episodes, as many of each
 instruction, on CALVIN 1,000 chains of instructions: len-k is the share with at least k solved in a row, and
 their sum the average length.
+With `--variations` the same policies also play what training never showed, in the groups of Table 3: the
+tabletop's nine shifts, put-on-plate's twelve variants. A group's mean has its interval.
 With `--stochastic` the same states are also played with the noise that RL explores with; the difference is
 the train-eval gap of the paper's Table 6, and a row says how wide that noise is (`spreads`).
 Every state is one episode; success at any step of it is success.
@@ -13,14 +15,13 @@ defaults for the environment (paper.toml), unless a flag says otherwise; the pro
 
     python evaluate.py                                                     # checkpoints/tabletop-sft
     python evaluate.py --checkpoints checkpoints/tabletop-sft runs/.../checkpoint --capture-video demo.gif
+    python evaluate.py --checkpoints checkpoints/tabletop-sft runs/.../checkpoint --variations
     python evaluate.py --checkpoints runs/.../checkpoint --stochastic --noise learned --mdp two-layer
     python evaluate.py --checkpoints FOLDER --env-id libero_goal --eval-protocol openpi --device cuda
 """
 
 import json
-import math
 import os
-import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,12 +31,12 @@ import numpy as np
 import torch
 
 import flow_sde_ppo
-from envs import make_envs, write_gif
+from envs import find_variations, make_envs, write_gif
 from flags import check_effects, check_ranges, fail, possible, read
 from flow_sde_ppo import Agent, evaluate
 from pi_models import load_policy
+from reports import draw_video, group_means, markdown, summarize
 from simulators.calvin import chain_limit
-from simulators.metaworld import METAWORLD
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Args:
     """environment; an unknown name lists the nearest ones"""
     obs_mode: Literal["rgb", "fast", "state"] = "rgb"
     """fast: pictures without shadows; state: numbers, no pictures"""
+    variations: bool = False
+    """also the out-of-distribution variations of it, as in Table 3: of tabletop and maniskill_25main"""
     eval_protocol: Literal["paper", "openpi"] = "paper"
     """whose step limits"""
     num_envs: int = 16
@@ -58,6 +61,8 @@ class Args:
     """play every state with noise as well, as the rollouts of training do"""
     json: str = ""
     """file for all the numbers"""
+    records: str = ""
+    """file for a line of JSON per episode: policy, env_id, seed, task, state, success, length, return"""
     capture_video: str = ""
     """GIF to write: a row per checkpoint, six tasks, each from the first of its states"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -125,14 +130,6 @@ def sampler(args, checkpoint, policy):
     return chosen, source
 
 
-def wilson(successes, episodes, z=1.959964):
-    """95 % interval of a success rate. Unlike rate +- 2 standard errors it holds near 0 and 1 too."""
-    rate, scale = successes / episodes, 1 + z**2 / episodes
-    middle = (rate + z**2 / (2 * episodes)) / scale
-    half = z / scale * math.sqrt(rate * (1 - rate) / episodes + z**2 / (4 * episodes**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def play_expert(envs):
     """Episode lengths (tasks, states) of the tabletop's expert, which reads the simulator's own positions."""
     envs.reset(options={"eval_states": np.arange(envs.num_eval_states)})
@@ -157,108 +154,69 @@ def spreads(agent, envs):
     return (0.5 * (a - b) ** 2).mean().sqrt().item(), agent.exploration(prefix, generator)
 
 
-def summarize(runs, expert, tasks):
-    """What is reported of results of `evaluate`, one a seed, and of the expert's lengths (tasks, states).
+def play(args, envs, players, filmed):
+    """Every policy on an environment: the report, a line for each episode, and the frames of a video or None.
 
-    A run of chains also has "solved": how many instructions of each.
+    players: (label, checkpoint, policy, what `sampler` says) of each.
     """
-    success, length, task = (np.concatenate([r[key] for r in runs]) for key in ("success", "length", "task"))
-    lengths = None if expert is None else np.tile(expert.T.flatten(), len(runs))  # in the order of `evaluate`
-
-    def count(x):
-        return {"success_rate": float(x.mean()), "successes": int(x.sum()), "episodes": x.size}
-
-    classes = {}  # of MetaWorld, where several tasks are played
-    for name in ("easy", "medium", "hard", "very hard") if len(tasks) > 1 else ():
-        chosen = [i for i, t in enumerate(tasks) if METAWORLD.get(t, {}).get("difficulty") == name]
-        classes |= {name: count(success[np.isin(task, chosen)])} if chosen else {}
-    solved = np.concatenate([r["solved"] for r in runs]) if "solved" in runs[0] else None
-    if solved is not None:
-        classes = {f"len-{k}": count(solved >= k) for k in range(1, 6)}
-    return count(success) | {
-        "interval": wilson(int(success.sum()), success.size),
-        "length": float(length[success].mean()) if success.any() else None,  # of the successful episodes
-        # from the same states
-        "expert_length": float(lengths[success].mean()) if expert is not None and success.any() else None,
-        "tasks": {name: count(success[task == i]) for i, name in enumerate(tasks)},
-        "classes": classes,
-        "chain_length": None if solved is None else float(solved.mean()),
-    }
-
-
-def markdown(report):
-    """The report as a table, with a line on how it was measured."""
-    expert, results, p = report["expert_length"], report["results"], report["protocol"]
-    cell = "{success_rate:.1%} ({successes}/{episodes})".format
-
-    def steps(length):
-        return "-" if length is None else f"{length:.1f}"
-
-    rows = [("task", "expert length", *(r["name"] for r in results))]
-    listed = expert.items() if len(expert) <= 100 else ()  # the others' tasks are in --json
-    rows += [(t, steps(length), *(cell(**r["tasks"][t]) for r in results)) for t, length in listed]
-    rows += [(f"*{c}*", "", *(cell(**r["classes"][c]) for r in results)) for c in results[0]["classes"]]
-    lengths = [length for length in expert.values() if length is not None]
-    mean = steps(np.mean(lengths) if lengths else None)
-    rows.append(("**mean**", mean, *(f"**{cell(**r)}**" for r in results)))
-    rows.append(("95% interval", "", *("{:.1%} to {:.1%}".format(*r["interval"]) for r in results)))
-    for name, key in ("length of successes", "length"), ("expert's, same states", "expert_length"):
-        rows.append((name, "", *(steps(r[key]) for r in results)))
-    if p.get("chain_limit"):
-        rows.append(("average length of chains", "", *(f"{r['chain_length']:.3f}" for r in results)))
-    if p["stochastic"]:
-        rows.append(("spread (ODE: over A^0, else given it)", "", *(f"{r['spread']:.2f}" for r in results)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    table = "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
-    played = {}  # how: the policies that are played so
-    for result in (r for r in results if r["deterministic"]):
-        x = result["sampler"]
-        how = f"chunks of {x['chunk_len']}, K = {x['denoise_steps']} ({result['sampler_source']}), "
-        how += "deterministic ODE"
-        if p["stochastic"]:
-            level = f"{x['sde_solver']}, level {x['noise_level']}" if x["noise"] == "sde" else "learned noise"
-            how += f" and with noise ({x['mdp']}, {level})"
-        played.setdefault(how, []).append(result["name"].removesuffix(", ODE"))
-    played = [how if len(played) == 1 else f"{how} ({', '.join(who)})" for how, who in played.items()]
-    limit = p.get("chain_limit") or f"{p['max_episode_steps']} steps ({p['eval_protocol']}'s limit)"
-    about = f"{p['env_id']} ({p['about']})" if p.get("about") else p["env_id"]
-    return (
-        f"{table}\n\nProtocol: {about}, {p['obs_mode']} observations, {p['num_states']} fixed states, "
-        f"at most {limit}, {'; '.join(played)}, "
-        f"evaluation seed {', '.join(map(str, p['seeds']))}, torch {p['torch']}."
-    )
+    num_states, limit, expert = envs.num_eval_states, chain_limit(envs.env_id), None
+    if envs.env_id.startswith("tabletop"):
+        expert = play_expert(make_envs(envs.env_id, num_states, 0, partial_reset=False))
+    columns = min(6, envs.num_envs)  # episodes of the first round, of tasks evenly
+    shown = np.linspace(0, min(max(len(envs.tasks), 6), envs.num_envs) - 1, columns)
+    shown = np.ceil(shown).astype(int)
+    results, episodes, rows = [], [], []
+    for label, checkpoint, policy, (chosen, source) in players:
+        policy.fit_prompts(envs.prompts)
+        agent, played = Agent(policy, chosen), {"sampler": vars(chosen), "sampler_source": source}
+        wide = spreads(agent, envs) if args.stochastic else (None, None)
+        for ode in (True, False)[: 1 + args.stochastic]:
+            kind = "ODE" if ode else "SDE" if chosen.noise == "sde" else "learned noise"
+            name = f"{label}, {kind}" if args.stochastic else label
+            print(
+                f"evaluating {name} on {envs.env_id}: {num_states} episodes, seeds {args.seeds}", flush=True
+            )
+            record = shown[-1] + 1 if filmed and ode else 0
+            runs = []
+            for i, seed in enumerate(args.seeds):
+                runs.append(evaluate(agent, envs, ode, seed, 0 if i else record))
+                if limit:
+                    runs[-1]["solved"] = runs[-1]["return"].astype(int)
+                if args.records:
+                    episodes += records(runs[-1], envs, name, seed)
+            summary = summarize(runs, expert, envs.tasks)
+            told = {"name": name, "checkpoint": checkpoint, "deterministic": ode, "spread": wide[not ode]}
+            results.append(told | played | summary)
+            if record:
+                title = f"{label}: success in {summary['success_rate']:.1%} of {summary['episodes']} episodes"
+                film = (frame[shown].reshape(-1, 128, 2, 128, 2, 3) for frame in runs[0]["frames"])
+                halves = [pairs.mean(axis=(2, 4)) for pairs in film]
+                rows.append((title, np.uint8(halves), runs[0]["success"][shown], runs[0]["length"][shown]))
+    envs.close()
+    protocol = asdict(args) | {"env_id": envs.env_id, "num_states": num_states, "chain_limit": limit}
+    protocol |= {"max_episode_steps": envs.max_episode_steps, "about": getattr(envs, "about", "")}
+    protocol["torch"] = torch.__version__
+    means = [None] * len(envs.tasks) if expert is None else expert.mean(axis=1).tolist()
+    report = {"protocol": protocol, "expert_length": dict(zip(envs.tasks, means)), "results": results}
+    prompts = [envs.prompts[task] for task in runs[0]["task"][shown]]
+    return report, episodes, draw_video(rows, prompts) if rows else None
 
 
-def draw_video(rows, prompts):
-    """Frames of rows (title, pictures (T, columns, tile, tile, 3), success, length) under their prompts."""
-    from PIL import Image, ImageDraw, ImageFont
+def records(run, envs, policy, seed):
+    """A dictionary for each episode of a result of `evaluate`, which plays the tasks in turn."""
+    tasks = [envs.tasks[i] for i in run["task"]]
+    states = np.arange(len(tasks)) // len(envs.tasks)
+    columns = tasks, states.tolist(), *(run[key].tolist() for key in ("success", "length", "return"))
+    names, told = ("task", "state", "success", "length", "return"), {"policy": policy, "env_id": envs.env_id}
+    return [told | {"seed": seed} | dict(zip(names, row)) for row in zip(*columns)]
 
-    small, large, tile = ImageFont.load_default(13), ImageFont.load_default(16), rows[0][1].shape[2]
-    lefts = range(4, (tile + 4) * len(prompts), tile + 4)
-    tops = range(74, 74 + (tile + 52) * len(rows), tile + 52)  # a title above each row, a result below
-    blank = Image.new("RGB", (lefts[-1] + tile + 4, tops[-1] + tile + 26), "white")
-    draw = ImageDraw.Draw(blank)
-    for left, prompt in zip(lefts, prompts):
-        text = textwrap.fill(prompt, 19)
-        draw.multiline_text((left + tile // 2, 24), text, "black", small, "mm", align="center")
-    for top, (title, *_) in zip(tops, rows):
-        draw.text((4, top - 12), title, "black", large, "lm")
-    frames = [blank.copy() for _ in range(max(max(length) for *_, length in rows))]
-    for t, frame in enumerate(frames):
-        draw = ImageDraw.Draw(frame)
-        for top, (_, pictures, *results) in zip(tops, rows):
-            for left, picture, success, length in zip(lefts, pictures[min(t, len(pictures) - 1)], *results):
-                colour, text = ("green", f"done in {length} steps") if success else ("firebrick", "not done")
-                if t + 1 < length:
-                    colour, text = "gray", f"step {t + 1}"
-                frame.paste(Image.fromarray(picture), (left, top))
-                draw.rectangle((left, top + tile, left + tile - 1, top + tile + 20), fill=colour)
-                draw.text((left + tile // 2, top + tile + 10), text, "white", small, "mm")
-    # one palette for all frames: what does not move is the same in each of them, and costs nothing
-    palette = Image.fromarray(np.vstack([np.asarray(frame) for frame in frames[::-8]])).quantize(128)
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB") for frame in frames]
-    return np.stack([*frames, *frames[-1:] * 20])
+
+def build(args, env_id):
+    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol}
+    envs = make_envs(env_id, args.num_envs, 0, partial_reset=False, **mode)
+    if envs.num_eval_envs != args.num_envs:  # the tabletop's: a state gets the same noise as in training
+        envs = make_envs(env_id, envs.num_eval_envs, 0, partial_reset=False, **mode)
+    return envs
 
 
 def main(args):
@@ -272,22 +230,19 @@ def main(args):
         (len(args.labels) not in (0, len(args.checkpoints)), "--labels: give one per checkpoint"),
         (len({*args.seeds}) < len(args.seeds), "--seeds: each only once, or its episodes count twice"),
         (gif and not gif.endswith(".gif"), f"--capture-video {gif}: the name must end in .gif"),
+        (args.records and args.records == args.json, "--records and --json must be two files"),
         (device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:
         if wrong:
             fail(message)
     torch.set_num_threads(args.num_threads)
-    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol}
-    envs = make_envs(args.env_id, args.num_envs, 0, partial_reset=False, **mode)
-    if envs.num_eval_envs != args.num_envs:  # the tabletop's: a state gets the same noise as in training
-        envs = make_envs(args.env_id, envs.num_eval_envs, 0, partial_reset=False, **mode)
-    num_states = envs.num_eval_states
+    groups = find_variations(args.env_id) if args.variations else {}
+    envs, *others = (build(args, env_id) for env_id in (args.env_id, *groups))  # before hours of episodes
     policies = [load_policy(checkpoint, device) for checkpoint in args.checkpoints]
     samplers = [sampler(args, *pair) for pair in zip(args.checkpoints, policies)]
     for policy in policies:
         policy.check_robot(*(envs.single_observation_space["state"].shape + envs.single_action_space.shape))
-        policy.fit_prompts(envs.prompts)
-    for path in filter(None, (args.json, gif)):
+    for path in filter(None, (args.json, args.records, gif)):
         try:
             if os.path.isdir(path):
                 raise IsADirectoryError(0, "it is a folder")
@@ -298,50 +253,24 @@ def main(args):
 
     # -- episodes
     names = [path.rstrip("/").removesuffix("/checkpoint").split("/")[-1] for path in args.checkpoints]
-    expert = None  # it is the tabletop's
-    if args.env_id.startswith("tabletop"):
-        expert = play_expert(make_envs(args.env_id, num_states, 0, partial_reset=False))
-    columns = min(6, envs.num_envs)  # episodes of the first round, of tasks evenly
-    shown = np.linspace(0, min(max(len(envs.tasks), 6), envs.num_envs) - 1, columns)
-    shown = np.ceil(shown).astype(int)
-    results, rows = [], []
-    for label, checkpoint, policy, chosen in zip(args.labels or names, args.checkpoints, policies, samplers):
-        agent, played = Agent(policy, chosen[0]), {"sampler": vars(chosen[0]), "sampler_source": chosen[1]}
-        wide = spreads(agent, envs) if args.stochastic else (None, None)
-        for ode in (True, False)[: 1 + args.stochastic]:
-            kind = "ODE" if ode else "SDE" if chosen[0].noise == "sde" else "learned noise"
-            name = f"{label}, {kind}" if args.stochastic else label
-            print(f"evaluating {name}: {num_states} episodes, seeds {args.seeds}", flush=True)
-            record = shown[-1] + 1 if gif and ode else 0
-            runs = []
-            for i, seed in enumerate(args.seeds):
-                runs.append(evaluate(agent, envs, ode, seed, 0 if i else record))
-                if chain_limit(args.env_id):
-                    runs[-1]["solved"] = runs[-1]["return"].astype(int)
-            summary = summarize(runs, expert, envs.tasks)
-            told = {"name": name, "checkpoint": checkpoint, "deterministic": ode, "spread": wide[not ode]}
-            results.append(told | played | summary)
-            if record:
-                title = f"{label}: success in {summary['success_rate']:.1%} of {summary['episodes']} episodes"
-                film = (frame[shown].reshape(-1, 128, 2, 128, 2, 3) for frame in runs[0]["frames"])
-                halves = [pairs.mean(axis=(2, 4)) for pairs in film]
-                rows.append((title, np.uint8(halves), runs[0]["success"][shown], runs[0]["length"][shown]))
+    players = list(zip(args.labels or names, args.checkpoints, policies, samplers))
+    report, episodes, frames = play(args, envs, players, filmed=bool(gif))
+    for other in others:
+        told, more, _ = play(args, other, players, filmed=False)
+        report.setdefault("variations", {})[other.env_id] = {"group": groups[other.env_id]} | told
+        episodes += more
+    if others:
+        report["groups"] = group_means(report["variations"])
 
     # -- results
-    protocol = {**asdict(args), "num_states": num_states, "max_episode_steps": envs.max_episode_steps}
-    protocol |= {"chain_limit": chain_limit(args.env_id), "about": getattr(envs, "about", "")}
-    protocol["torch"] = torch.__version__
-    envs.close()
-    means = [None] * len(envs.tasks) if expert is None else expert.mean(axis=1).tolist()
-    expert_length = dict(zip(envs.tasks, means))
-    report = {"protocol": protocol, "expert_length": expert_length, "results": results}
     print(f"\n{markdown(report)}\n")
-    if args.json:
-        with open(f"{args.json}.tmp", "w") as file:
-            json.dump(report, file, indent=1)
-        os.replace(f"{args.json}.tmp", args.json)
+    lines = "".join(f"{json.dumps(episode)}\n" for episode in episodes)
+    for path, text in (args.json, json.dumps(report, indent=1)), (args.records, lines):
+        if path:
+            Path(f"{path}.tmp").write_text(text)
+            os.replace(f"{path}.tmp", path)
     if gif:
-        write_gif(gif, draw_video(rows, [envs.prompts[task] for task in runs[0]["task"][shown]]))
+        write_gif(gif, frames)
         print(f"video: {gif}")
 
 

@@ -1,11 +1,12 @@
-"""The two drawings of the documentation: the networks, and the two layers of the MDP.
+"""The drawings of the documentation: the networks, the two layers of the MDP, and the tabletop's shifts.
 
-Nothing is measured here; they show what pi_models.py and the scripts' `Agent.act` do. Prints the names of the
-files that it writes.
+Nothing is measured here; they show what pi_models.py and the scripts' `Agent.act` do, and what
+simulators/tabletop_shifts.py draws. Prints the names of the files that it writes.
 
-    python benchmark/draw.py    # seconds; docs/architecture.png and docs/two_layer_mdp.png
+    python benchmark/draw.py    # seconds; three pictures in docs/
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from envs import find_variations, make_envs
 
 WIDTH = 900  # of a picture in the README, in pixels, which are the units of everything below
 INK, FAINT, PAPER = "#22303c", "#8a97a3", "#f4f6f8"
@@ -60,8 +64,8 @@ class Canvas:
         self.axes.fill_between(x + at * w / 2, y, curve, color=color, alpha=0.25, lw=0)
         self.line(x + at * w / 2, curve, color, 1.1)
 
-    def save(self, path):
-        self.figure.savefig(path, dpi=200)
+    def save(self, path, dpi=200):
+        self.figure.savefig(path, dpi=dpi)
         print(path)
 
 
@@ -321,10 +325,27 @@ def two_layer_mdp():
     return sheet
 
 
+def shifts(state=18, steps=4):
+    """One evaluation state of the tabletop and of its variations, after some steps of the expert."""
+    sheet, tile = Canvas(430), 168
+    for i, (env_id, group) in enumerate({"tabletop": "training", **find_variations("tabletop")}.items()):
+        envs = make_envs(env_id, 1, 0, partial_reset=False)
+        obs, _ = envs.reset(options={"eval_states": [state]})
+        for _ in range(steps):
+            envs.step(envs.expert_action())
+        x, y = 12 + i % 5 * (tile + 9), 12 + i // 5 * (tile + 46)
+        sheet.axes.imshow(envs.render(2 * tile)[0], extent=(x, x + tile, y + tile, y))
+        sheet.text(x, y + tile + 11, env_id.removeprefix("tabletop_ood_"), 9, ha="left", weight="bold")
+        sheet.text(x + tile, y + tile + 11, group, 8, FAINT, ha="right")
+        sheet.text(x, y + tile + 27, obs["prompt"][0], 7, ha="left")
+    return sheet
+
+
 def main(args):
-    args.folder.mkdir(parents=True, exist_ok=True)
+    (args.folder / "frames").mkdir(parents=True, exist_ok=True)
     architecture().save(args.folder / "architecture.png")
     two_layer_mdp().save(args.folder / "two_layer_mdp.png")
+    shifts().save(args.folder / "frames" / "tabletop_shifts.png", dpi=100)
 
 
 if __name__ == "__main__":

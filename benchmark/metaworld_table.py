@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evaluate import wilson
 from flags import fail
+from reports import wilson
 from simulators.metaworld import METAWORLD
 
 SCRIPTS = {"flow_noise_ppo": ("Flow-Noise PPO", "tab:orange"), "flow_sde_ppo": ("Flow-SDE PPO", "tab:blue")}

@@ -84,6 +84,7 @@ TEMPLATES = (
 
 class Variant(NamedTuple):
     name: str  # the reference's, without PutOnPlateInScene25
+    group: str  # of Table 3, which counts instructions as vision; "" is training
     digits: dict  # of an episode's number, the slowest first: what each one chooses from
     texture: float = 0  # how much of it is mixed in,
     whole: bool = False  # over the whole picture or only over robot and objects
@@ -95,28 +96,26 @@ def digits(places=PAIRS, turn=TURNS, scene=range(16), **slower):
 
 
 TEXTURES, NEW_TEMPLATES = digits(texture=range(1, 17)), digits(template=range(1, 17))
+MOVED = digits(OBJECT_TRIPLES)
 OTHER_OBJECT = digits(OBJECT_TRIPLES, other_object=range(15))
 NEW_OBJECTS = digits(OBJECT_TRIPLES, object=range(16, 25), other_object=range(8))
 OTHER_PLATE = digits(PLATE_TRIPLES, scene=range(21), other_receptacle=range(16))
 NEW_PLATES = digits(PLATE_TRIPLES, scene=range(21), receptacle=range(1, 17), other_receptacle=range(15))
 VARIANTS = {  # where a receptacle is not chosen it is the plate, number 0
-    "maniskill_25main": Variant("Main-v3 train, 17 receptacles", digits(receptacle=range(17))),
-    "maniskill_25main_plate": Variant("Main-v3 train, 1 receptacle", digits()),
-    # vision and language
-    "maniskill_25_new_instructions": Variant("Instruct-v1 test", NEW_TEMPLATES),
-    "maniskill_25_new_scenes": Variant("VisionImage-v1 test", digits(scene=range(16, 21))),
-    "maniskill_25_texture_03": Variant("VisionTexture03-v1 test", TEXTURES, 0.3),
-    "maniskill_25_texture_05": Variant("VisionTexture05-v1 test", TEXTURES, 0.5),
-    "maniskill_25_whole_03": Variant("VisionWhole03-v1 test", TEXTURES, 0.3, whole=True),
-    "maniskill_25_whole_05": Variant("VisionWhole05-v1 test", TEXTURES, 0.5, whole=True),
-    # semantics
-    "maniskill_25_two_objects": Variant("MultiCarrot-v1 train", OTHER_OBJECT),
-    "maniskill_25_two_new_objects": Variant("MultiCarrot-v1 test", NEW_OBJECTS),
-    "maniskill_25_two_receptacles": Variant("MultiPlate-v1 train", OTHER_PLATE),
-    "maniskill_25_two_new_receptacles": Variant("MultiPlate-v1 test", NEW_PLATES),
-    # execution
-    "maniskill_25_new_positions": Variant("Position-v1 test", digits(NEW_PAIRS, NEW_TURNS)),
-    "maniskill_25_moving_object": Variant("PositionChangeTo-v1 test", digits(OBJECT_TRIPLES), moves=True),
+    "maniskill_25main": Variant("Main-v3 train, 17 receptacles", "", digits(receptacle=range(17))),
+    "maniskill_25main_plate": Variant("Main-v3 train, 1 receptacle", "", digits()),
+    "maniskill_25_new_instructions": Variant("Instruct-v1 test", "vision", NEW_TEMPLATES),
+    "maniskill_25_new_scenes": Variant("VisionImage-v1 test", "vision", digits(scene=range(16, 21))),
+    "maniskill_25_texture_03": Variant("VisionTexture03-v1 test", "vision", TEXTURES, 0.3),
+    "maniskill_25_texture_05": Variant("VisionTexture05-v1 test", "vision", TEXTURES, 0.5),
+    "maniskill_25_whole_03": Variant("VisionWhole03-v1 test", "vision", TEXTURES, 0.3, whole=True),
+    "maniskill_25_whole_05": Variant("VisionWhole05-v1 test", "vision", TEXTURES, 0.5, whole=True),
+    "maniskill_25_two_objects": Variant("MultiCarrot-v1 train", "semantics", OTHER_OBJECT),
+    "maniskill_25_two_new_objects": Variant("MultiCarrot-v1 test", "semantics", NEW_OBJECTS),
+    "maniskill_25_two_receptacles": Variant("MultiPlate-v1 train", "semantics", OTHER_PLATE),
+    "maniskill_25_two_new_receptacles": Variant("MultiPlate-v1 test", "semantics", NEW_PLATES),
+    "maniskill_25_new_positions": Variant("Position-v1 test", "execution", digits(NEW_PAIRS, NEW_TURNS)),
+    "maniskill_25_moving_object": Variant("PositionChangeTo-v1 test", "execution", MOVED, moves=True),
 }
 
 
@@ -243,6 +242,8 @@ def blend(rgb, kept, photo, texture, strength, whole):
 class PutOnPlate:
     env_ids = list(VARIANTS)
     trials = (("maniskill_25main", "rgb"),)
+    # of both ids of training
+    variations = dict.fromkeys(list(VARIANTS)[:2], {e: v.group for e, v in VARIANTS.items() if v.group})
     action_dim = 7
     max_episode_steps = 80
 

@@ -10,8 +10,6 @@ import functools
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
 
 from vector_envs import check_actions, chosen_states, select_rows
 
@@ -36,6 +34,13 @@ PLACE_RADIUS = 0.22
 HANDLE_Y = 0.70  # of the closed drawer
 DRAWER_LENGTH, DRAWER_OPEN = 0.40, 0.30
 EVAL_STATES, EVAL_SEED = 50, 20240  # fixed evaluation states per task
+VIEW = 1.05  # the picture shows [-VIEW, VIEW]^2
+CABINET_Y = 0.80  # the cabinet's front
+TABLE, EDGE, CABINET = np.float32([(196, 178, 150), (120, 98, 74), (112, 78, 52)])
+DRAWER, INSIDE, BOWL_INSIDE = np.float32([(150, 106, 70), (58, 40, 30), (140, 70, 10)])
+WHITE, ORANGE, MAGENTA = np.float32([(250, 250, 252), (245, 140, 20), (200, 40, 220)])
+YELLOW, CYAN, DARK, SHADOW = np.float32([(250, 214, 60), (130, 255, 255), (44, 46, 52), (40, 30, 20)])
+BLOCKS = np.float32([(222, 40, 40), (40, 170, 60), (40, 90, 230)])  # red, green, blue
 STATE = "objects handle_x gripper fingers opening held order pressed task state length alive success".split()
 
 
@@ -65,7 +70,7 @@ class Tabletop(gym.vector.VectorEnv):
         self.partial_reset, self.started = partial_reset, False
         self.prompts = [TASKS[task][0] for task in self.tasks]
         self.goals = np.array([TASKS[task][1:] for task in self.tasks])  # (tasks, 2): source, destination
-        mode = AutoresetMode.SAME_STEP if partial_reset else AutoresetMode.DISABLED
+        mode = gym.vector.AutoresetMode.SAME_STEP if partial_reset else gym.vector.AutoresetMode.DISABLED
         self.metadata = {"render_fps": 10, "render_modes": ["rgb_array"], "autoreset_mode": mode}
         self.render_mode = "rgb_array"
         self.record = 0  # k > 0: step_chunk also gives info["frames"], pictures of the first k environments
@@ -73,8 +78,8 @@ class Tabletop(gym.vector.VectorEnv):
         prompt = spaces.Text(max(map(len, self.prompts)), charset="".join(self.prompts))
         self.single_observation_space = spaces.Dict({"images": images, "state": state, "prompt": prompt})
         self.single_action_space = spaces.Box(-1, 1, (3,), np.float32)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
         self.num_eval_states = EVAL_STATES * len(self.tasks)
         self.num_eval_envs = min(self.num_eval_states, 250)  # at once
@@ -161,7 +166,8 @@ class Tabletop(gym.vector.VectorEnv):
                 self._begin(ended, task, sample_scenes(self.rng, len(ended)))
                 new = self._observe(ended)
                 obs["images"][ended], obs["state"][ended] = new["images"], new["state"]
-                obs["prompt"] = [self.prompts[task] for task in self.task]
+                for row, prompt in zip(ended, new["prompt"]):
+                    obs["prompt"][row] = prompt
         return obs, reward, terminated, truncated, info
 
     def step(self, actions):
@@ -228,9 +234,11 @@ class Tabletop(gym.vector.VectorEnv):
 
     def render(self, size=256, rows=slice(None)):
         """Pictures of the present state: (rows, size, size, 3) uint8."""
-        objects, gripper, held = self.objects[rows], self.gripper[rows], self.held[rows]
-        canvas = background(size).repeat(len(held), axis=0)
+        return self.draw(background(size).repeat(len(self.held[rows]), axis=0), rows)
 
+    def draw(self, canvas, rows, blocks=BLOCKS):
+        """The drawer, the objects and the gripper on pictures of an empty table."""
+        objects, gripper, held = self.objects[rows], self.gripper[rows], self.held[rows]
         top = np.column_stack([self.handle_x[rows], np.full(len(held), CABINET_Y)])
         handle = (CABINET_Y - HANDLE_Y + self.opening[rows])[:, None, None]  # from the cabinet to the handle
         front, down = handle - 0.06, self.pressed[rows][:, None, None]  # to the front panel
@@ -270,7 +278,7 @@ class Tabletop(gym.vector.VectorEnv):
         for block in self.order[rows].T:  # the lowest first
             lifted = (held == block)[:, None, None]
             half, drop = np.where(lifted, 0.135, 0.12), np.where(lifted, 0.05, 0.02)  # nearer to the camera
-            colour = BLOCKS[block][:, None, None]
+            colour = blocks[block][:, None, None]
 
             def cube(x, y, px):
                 yield 0.4 * box(x - drop, y + drop, half, half, 0.06), SHADOW
@@ -287,15 +295,6 @@ class Tabletop(gym.vector.VectorEnv):
 
         paint(canvas, gripper, (0.25, 0.2), fingers)
         return (canvas + 0.5).astype(np.uint8)
-
-
-VIEW = 1.05  # the picture shows [-VIEW, VIEW]^2
-CABINET_Y = 0.80  # the cabinet's front
-TABLE, EDGE, CABINET = np.float32([(196, 178, 150), (120, 98, 74), (112, 78, 52)])
-DRAWER, INSIDE, BOWL_INSIDE = np.float32([(150, 106, 70), (58, 40, 30), (140, 70, 10)])
-WHITE, ORANGE, MAGENTA = np.float32([(250, 250, 252), (245, 140, 20), (200, 40, 220)])
-YELLOW, CYAN, DARK, SHADOW = np.float32([(250, 214, 60), (130, 255, 255), (44, 46, 52), (40, 30, 20)])
-BLOCKS = np.float32([(222, 40, 40), (40, 170, 60), (40, 90, 230)])  # red, green, blue
 
 
 @functools.cache

@@ -19,6 +19,7 @@ import torch
 import evaluate as script
 from envs import make_envs
 from pi_models import CHECKPOINTS, TINY, Policy, save_policy
+from reports import summarize
 from simulators import calvin_chains
 from simulators.calvin import CHAINS, COLOURS, DESKS, NAMES, ROBOT, TASKS, Calvin, World, chain_limit, solved
 
@@ -551,7 +552,7 @@ def test_scripted_chains_are_counted():
     assert max(expected) >= 1 and min(expected) == 0 and not run["success"].any()
     assert run["return"].tolist() == expected
     assert ((run["length"] > 360) == (np.array(expected) > 0)).all()
-    result = script.summarize([run | {"solved": run["return"].astype(int)}], None, envs.tasks)
+    result = summarize([run | {"solved": run["return"].astype(int)}], None, envs.tasks)
     assert result["chain_length"] == pytest.approx(np.mean(expected))
     for k in range(1, 6):
         assert result["classes"][f"len-{k}"]["successes"] == sum(n >= k for n in expected)

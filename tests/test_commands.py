@@ -34,6 +34,7 @@ ELSEWHERE = {  # what a command begins with: where else it is run, or why it is 
     "python flow_sft.py": "test_sft.py, or minutes",
     "python flow_sde_ppo.py --env-id metaworld": "test_metaworld.py",
     "python evaluate.py --env-id libero_goal": "needs a checkpoint that is not here",
+    "python evaluate.py --env-id maniskill_25main": "needs a checkpoint that is not here; test_evaluate.py",
     "python evaluate.py --env-id calvin_d": "needs a checkpoint that is not here; test_calvin.py",
     "python evaluate.py --env-id mine": "test_docs.py",
     "python evaluate.py --device cuda": "needs a GPU",

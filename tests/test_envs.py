@@ -109,7 +109,8 @@ def wander(n, steps, seed=0):
 
 NEAREST = [("tabletop_press_buton", "tabletop_press_button"), ("liberty", "libero_90"), ("zzz", "tabletop,"),
            ("metaworld_puhs-v3", "metaworld_push-v3"), ("maniskill_carot", "maniskill_carrot"),
-           ("tabletop_", "tabletop_"), ("libero:goal", "libero_goal")]  # fmt: skip  # pairs
+           ("tabletop_", "tabletop_"), ("tabletop_ood_word", "tabletop_ood_new_words"),
+           ("libero:goal", "libero_goal")]  # fmt: skip  # pairs
 
 
 @pytest.mark.parametrize("wrong, nearest", NEAREST)

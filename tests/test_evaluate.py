@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate as script
 import flow_sde_ppo
 from envs import make_envs
-from evaluate import Args, main, markdown, play_expert, summarize, wilson
+from evaluate import Args, main, play_expert
 from pi_models import CHECKPOINTS, TINY, Policy, load_policy, save_policy
+from reports import draw_video, group_means, markdown, summarize, wilson
 from simulators import tabletop
 
 torch.set_num_threads(1)
@@ -159,11 +160,29 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
             assert result["tasks"][task] == {"success_rate": wins / 12, "successes": wins, "episodes": 12}
             assert table[task][0] == f"{expert[i].mean():.1f}"
     assert "Protocol: tabletop, rgb observations, 60 fixed states, at most 40 steps (paper's limit), " in out
+    assert "limit), success at any step, chunks of 5" in out
     assert "chunks of 5, K = 4 (defaults for tabletop), deterministic ODE and with noise (two-layer, " in out
     assert "euler, level 0.7), evaluation seed 3, 4, torch " + torch.__version__ in out
     protocol = {"env_id": "tabletop", "num_states": 60, "max_episode_steps": 40, "seeds": [3, 4]}
     assert protocol.items() <= report["protocol"].items()
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
+
+
+def test_records_say_which_episode(few_states):
+    """A line for each, whose success is that of its own scene."""
+    envs = make_envs("tabletop", 30, 0, partial_reset=False)  # two rounds
+    lines = script.records(script.evaluate(Expert(envs), envs), envs, "mine", 7)
+    left = (envs.eval_scenes[1] <= 0).reshape(10, 6)
+    expert = play_expert(make_envs("tabletop", 60, 0, partial_reset=False))
+    seen = set()
+    for line in lines:
+        task, state = envs.tasks.index(line["task"]), line["state"]
+        seen.add((task, state))
+        length = int(expert[task, state]) if left[task, state] else 40
+        same = {"policy": "mine", "env_id": "tabletop", "seed": 7, "length": length}
+        assert same.items() <= line.items() and len(line) == 8
+        assert line["success"] is bool(left[task, state]) and line["return"] == float(line["success"])
+    assert len(lines) == len(seen) == 60
 
 
 def test_without_a_success_there_is_no_length():
@@ -182,20 +201,110 @@ def test_without_a_success_there_is_no_length():
     assert "task 7" not in markdown(report | {"expert_length": tasks, "results": [many]})
 
 
+# --- the table of variations ---
+
+
+def one_policy(**rates):
+    """Results by variation of a policy: {name: (group, successes, episodes)} as in a report."""
+    return {
+        name: {"group": group, "results": [{"success_rate": s / n, "successes": s, "episodes": n}]}
+        for name, (group, s, n) in rates.items()
+    }
+
+
+def test_means_of_table_3():
+    """From the rates of Table 9, pi0 and Flow-SDE, of 320 episodes thrice: Table 3."""
+    vision, semantics = (64.58, 68.75, 66.04, 55.83, 62.40, 48.96), (28.23, 36.46, 16.35, 20.52)
+    rates = {"vision": vision, "semantics": semantics, "execution": (17.40, 45.63)}
+    told = {
+        f"{g}{i}": (g, round(9.6 * rate), 960) for g, many in rates.items() for i, rate in enumerate(many)
+    }
+    found = {
+        group: round(100 * means[0]["success_rate"], 1)
+        for group, means in group_means(one_policy(**told)).items()
+    }
+    assert found == {"vision": 61.1, "semantics": 25.4, "execution": 31.5, "mean": 39.3}
+
+
+def test_a_mean_is_worth_so_many_episodes():
+    found = group_means(one_policy(a=("x", 8, 10), b=("x", 20, 40), c=("y", 5, 20)))
+    x, y, mean = (found[group][0] for group in ("x", "y", "mean"))
+    assert x["success_rate"] == pytest.approx(0.65) and mean["success_rate"] == pytest.approx(0.45)
+    assert (x["successes"], x["episodes"]) == (28, 50) and (mean["successes"], mean["episodes"]) == (33, 70)
+    # p (1 - p) sum w^2 / n, as of one rate of that many episodes
+    for result, worth in (x, 1 / (0.25 / 10 + 0.25 / 40)), (y, 20), (mean, 16 / (1 / 10 + 1 / 40 + 4 / 20)):
+        expected = score_interval(result["success_rate"] * worth, worth)
+        assert result["interval"] == pytest.approx(expected, abs=1e-6)
+    equal = group_means(one_policy(a=("x", 8, 10), b=("x", 5, 10)))["x"][0]
+    assert equal["interval"] == pytest.approx(wilson(13, 20))
+
+
+def test_variations(few_states, checkpoint, monkeypatch, tmp_path, capsys):
+    """Rows, means and records are those of the episodes that were played where they say."""
+    rng, played = np.random.default_rng(0), {}
+
+    def invented(agent, envs, deterministic=True, seed=0, record=0):
+        run = {"success": rng.random(60) < rng.random(), "length": rng.integers(5, 40, 60)}
+        played.setdefault(envs.env_id, []).append(run["success"])
+        return run | {"return": run["success"].astype(float), "task": np.tile(np.arange(10), 6)}
+
+    monkeypatch.setattr(script, "evaluate", invented)
+    path, lines = tmp_path / "numbers.json", tmp_path / "lines.jsonl"
+    args = Args(checkpoints=(checkpoint, checkpoint), labels=("SFT", "RL"), variations=True, seeds=(0, 1))
+    args.json, args.records = str(path), str(lines)
+    main(args)
+    out = capsys.readouterr().out
+    table, report = cells(out), json.loads(path.read_text())
+    names = ["new_table", "lamp", "noise", "new_words", "new_colours", "distractors"]
+    names = [f"tabletop_ood_{name}" for name in [*names, "new_places", "new_start", "moving_target"]]
+    assert list(played) == ["tabletop", *names] and table["success"] == ["SFT", "RL"]
+    order = ["success", "---", "tabletop, in distribution", *names[:3], "**vision**", *names[3:6]]
+    order += ["**semantics**", *names[6:], "**execution**", "**mean of the groups**"]
+    assert [key if key.strip("-") else "---" for key in table] == order
+    rates = {}
+    for env_id, runs in played.items():  # SFT by both seeds, then RL
+        counts = [int(sum(run.sum() for run in runs[i : i + 2])) for i in (0, 2)]
+        rates[env_id] = np.array(counts) / 120
+        if env_id != "tabletop":
+            assert table[env_id] == [f"{n / 120:.1%} ({n}/120)" for n in counts]
+            results = report["variations"][env_id]["results"]
+            assert [result["successes"] for result in results] == counts
+        of_this = [json.loads(line) for line in lines.read_text().splitlines() if f'"{env_id}"' in line]
+        assert [sum(e["success"] for e in of_this if e["policy"] == name) for name in ("SFT", "RL")] == counts
+        assert len(of_this) == 240
+    groups = {"vision": names[:3], "semantics": names[3:6], "execution": names[6:]}
+    means = {group: np.mean([rates[name] for name in members], axis=0) for group, members in groups.items()}
+    means["mean of the groups"] = np.mean(list(means.values()), axis=0)
+    means["tabletop, in distribution"] = rates["tabletop"]
+    for title, mean in means.items():
+        row = table.get(f"**{title}**") or table[title]
+        episodes = {"tabletop, in distribution": 120, "mean of the groups": 1080}.get(title, 360)
+        for cell, rate in zip(row, mean):
+            low, high = score_interval(rate * episodes, episodes)
+            assert cell == f"**{rate:.1%}** [{low:.1%}, {high:.1%}]"
+    assert "Protocol: tabletop and 9 variations of it, rgb observations, 60 fixed states of each, at" in out
+    assert sorted(tmp_path.iterdir()) == [lines, path]
+
+
 # --- the whole script ---
 
 
 def test_run_with_video(few_states, checkpoint, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tabletop.Tabletop, "max_episode_steps", 15)
-    gif, path = tmp_path / "demo.gif", tmp_path / "numbers.json"
+    gif, path, lines = (tmp_path / name for name in ("demo.gif", "numbers.json", "lines.jsonl"))
     args = Args(checkpoints=(checkpoint, checkpoint), labels=("before", "after"), capture_video=str(gif))
-    args.env_id, args.json = "tabletop_press_button", str(path)
+    args.env_id, args.json, args.records, args.seeds = "tabletop_press_button", str(path), str(lines), (0, 3)
     main(args)
+    episodes = list(map(json.loads, lines.read_text().splitlines()))
+    assert [(e["policy"], e["seed"], e["state"]) for e in episodes] == [
+        (policy, seed, state) for policy in ("before", "after") for seed in (0, 3) for state in range(6)
+    ]
     report = json.loads(path.read_text())
     first, second = report["results"]
     assert {**first, "name": ""} == {**second, "name": ""}  # the same policy, the same noise
-    assert list(report["expert_length"]) == ["press_button"] and first["episodes"] == 6
-    assert f"video: {gif}" in capsys.readouterr().out and sorted(tmp_path.iterdir()) == [gif, path]
+    assert list(report["expert_length"]) == ["press_button"] and first["episodes"] == 12
+    assert first["successes"] == sum(episode["success"] for episode in episodes[:12])
+    assert f"video: {gif}" in capsys.readouterr().out and sorted(tmp_path.iterdir()) == [gif, lines, path]
     picture = Image.open(gif)
     assert picture.size[0] > 6 * 128 and picture.size[1] > 2 * 128 and gif.stat().st_size < 1.5e6
     assert picture.n_frames == 15
@@ -206,7 +315,7 @@ def test_run_with_video(few_states, checkpoint, monkeypatch, tmp_path, capsys):
 def test_video_tells_how_episodes_end():
     pictures = np.full((8, 2, 128, 128, 3), 255, np.uint8)
     rows = [("before", pictures, [True, False], [3, 8]), ("after", pictures[:6], [False, True], [6, 5])]
-    frames = script.draw_video(rows, ["open the drawer", "press the button"])
+    frames = draw_video(rows, ["open the drawer", "press the button"])
 
     def colours(t):  # of the four results, at their left ends
         pixels = np.array([frames[t, y + 138, x + 3] for y in (74, 254) for x in (4, 136)], float)
@@ -304,6 +413,7 @@ def test_the_ode_needs_no_noise_head(few_states, checkpoint, monkeypatch, capsys
     "wrong, words",
     [
         ({"env_id": "tabletop_red_plat"}, "tabletop_red_plate"),
+        ({"env_id": "tabletop_red_plate", "variations": True}, "--variations"),
         ({"checkpoints": ("nowhere",)}, "nowhere"),
         ({"checkpoints": ()}, "--checkpoints"),
         ({"seeds": ()}, "--seeds"),
@@ -321,6 +431,9 @@ def test_the_ode_needs_no_noise_head(few_states, checkpoint, monkeypatch, capsys
         ({"capture_video": "nowhere/demo.gif"}, "nowhere/demo.gif"),
         ({"json": "file/numbers.json"}, "file/numbers.json"),
         ({"json": "folder"}, "folder"),
+        ({"records": "nowhere/lines.jsonl"}, "nowhere/lines.jsonl"),
+        ({"records": "folder"}, "folder"),
+        ({"records": "same", "json": "same"}, "--records and --json"),
     ],
 )
 def test_mistakes_are_one_line(wrong, words, checkpoint, few_states, monkeypatch, tmp_path, capsys):

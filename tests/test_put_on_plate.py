@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from envs import make_envs
+from envs import find_variations, make_envs
 from simulators.put_on_plate import PAIRS, VARIANTS, PutOnPlate, blend, episode, find_assets, num_episodes
 
 if find_spec("mani_skill") is None:
@@ -79,6 +79,15 @@ def test_episodes(env_id):
             np.testing.assert_allclose(told["target"][0], places[2], atol=1e-7)
         assert (told["target"] is not None) == (env_id == "maniskill_25_moving_object")
         assert episode(env_id, number + total) == told  # they begin anew
+
+
+def test_groups():
+    """Those of Table 9, whose rows have the reference's names."""
+    rows = {"Instruct": "vision", "Vision": "vision", "Multi": "semantics", "Position": "execution"}
+    groups = find_variations("maniskill_25main_plate")
+    assert groups == find_variations("maniskill_25main") and list(groups) == list(VARIANTS)[2:]
+    for env_id, group in groups.items():
+        assert [found for row, found in rows.items() if VARIANTS[env_id].name.startswith(row)] == [group]
 
 
 def test_places():
