@@ -29,6 +29,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+import cards
 import flow_sde_ppo
 from envs import make_envs, write_gif
 from flags import check_effects, check_ranges, fail, possible, read
@@ -60,6 +61,10 @@ class Args:
     """file for all the numbers"""
     capture_video: str = ""
     """GIF to write: a row per checkpoint, six tasks, each from the first of its states"""
+    card: bool = False
+    """write a model card, README.md, into the checkpoint's folder, with the curve of its run and a GIF"""
+    upload: str = ""
+    """OWNER/NAME on the Hugging Face hub: push the folder with its card there"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is one"""
     num_threads: int = 1
@@ -276,6 +281,8 @@ def main(args):
     ]:
         if wrong:
             fail(message)
+    card = cards.check(args) if args.card or args.upload else ""
+    gif = gif or (card and os.path.join(os.path.dirname(card), cards.GIF))
     torch.set_num_threads(args.num_threads)
     mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol}
     envs = make_envs(args.env_id, args.num_envs, 0, partial_reset=False, **mode)
@@ -287,7 +294,7 @@ def main(args):
     for policy in policies:
         policy.check_robot(*(envs.single_observation_space["state"].shape + envs.single_action_space.shape))
         policy.fit_prompts(envs.prompts)
-    for path in filter(None, (args.json, gif)):
+    for path in filter(None, (args.json, gif, card)):
         try:
             if os.path.isdir(path):
                 raise IsADirectoryError(0, "it is a folder")
@@ -343,6 +350,8 @@ def main(args):
     if gif:
         write_gif(gif, draw_video(rows, [envs.prompts[task] for task in runs[0]["task"][shown]]))
         print(f"video: {gif}")
+    if card:
+        cards.write(args, policies[0], samplers[0][0], markdown(report), gif)
 
 
 if __name__ == "__main__":

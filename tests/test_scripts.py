@@ -478,6 +478,7 @@ def test_budgets():
         "processes.py": 200,
         "flow_sft.py": 350,
         "evaluate.py": 350,
+        "cards.py": 150,
         "flags.py": 240,
         "ranks.py": 100,
         "runs.py": 300,
