@@ -30,6 +30,12 @@ def fail(message: str, code=2):
     raise SystemExit(code)
 
 
+def tell(message: str):
+    """A line on stderr, above the progress bar; of several ranks it says which."""
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    tqdm.write(rank + message, file=sys.stderr)
+
+
 MANY, ABOVE_0 = 10**9, math.ulp(0)  # the least number above zero
 RANGES = {  # of every number, whichever script has it: least, greatest
     **dict.fromkeys(["num_envs", "num_steps", "num_minibatches", "num_demos", "play_episodes"], (1, 100_000)),

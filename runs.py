@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from flags import as_command, fail, launcher
+from flags import as_command, fail, launcher, tell
 from pi_models import save_policy
 from ranks import gather
 
@@ -106,8 +106,8 @@ class Run:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal, self.asked = number, time.monotonic()
-        tell = "finishing a chunk, then saving" if self.args.save_model else "finishing a chunk"
-        tqdm.write(f"{signal.Signals(number).name}: {tell}; once more ends at once", file=sys.stderr)
+        then = "finishing a chunk, then saving" if self.args.save_model else "finishing a chunk"
+        tell(f"{signal.Signals(number).name}: {then}; once more ends at once")
 
     def remember(self, envs, generators, **counters):
         """This moment between two iterations, without the weights: the rollout does not change them."""
@@ -158,7 +158,7 @@ class Run:
             if all(gather(whole)):
                 return counters | {"envs": mine["envs"]}
             if told:
-                tqdm.write(f"{self.folder}: {told}", file=sys.stderr)
+                tell(f"{self.folder}: {told}")
         others = {path.name.split("of")[-1].split(".")[0] for path in folder.glob("*.rank0of*")} - {
             str(ranks)
         }

@@ -14,6 +14,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from envs import SIMULATORS, find_simulator, make_envs, write_gif
@@ -398,6 +399,22 @@ def test_dropped_in_training(walk, capsys):
     envs.reset()
     envs.step_chunk(still(2, row=1, does=RAISES))
     assert capsys.readouterr().err.endswith("in a row; episodes dropped: 1\n")
+
+
+def test_the_line_is_above_the_progress_bar(walk, capsys, monkeypatch):
+    """It says which rank it is of, and the bar is drawn anew below it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    envs = walk(2, partial_reset=True)
+    envs.reset()
+    with tqdm(total=9, desc="training", file=sys.stderr, mininterval=0) as bar:
+        bar.update(4)
+        envs.step_chunk(still(2, row=1, does=RAISES))
+    lines = capsys.readouterr().err.split("\n")
+    (told,) = [line for line in lines if "walk broke down" in line]
+    assert told.split("\r")[-1].startswith("rank 1: walk broke down, task ")
+    assert told.split("\r")[-2].strip() == "" and "training" in told  # the bar was wiped off
+    assert "training:  44%" in lines[lines.index(told) + 1]
 
 
 def test_a_reward_of_a_dropped_chunk_is_not_paid(walk):
