@@ -271,8 +271,8 @@ def rollout(agent, envs, seen, batch, generator, run=None):
     return (obs, prefix, inputs), episodes, steps, encode_time
 
 
-def compute_advantages(rewards, values, next_value, terminated, truncated, final_values, gamma, gae_lambda):
-    """Eq. 13 over chunks. values (T, N, S), next_value (N,), the others (T, N).
+def compute_advantages(rewards, values, next_value, terminated, truncated, alive, final_values, gamma, lam):
+    """Eq. 13 over the chunks that are alive. values (T, N, S), next_value (N,), the others (T, N).
 
     Success ends the return. The time limit does not: V(final observation) stands for what would have come.
     The S decisions of a chunk, with no reward and no discount between them, share its return.
@@ -283,7 +283,7 @@ def compute_advantages(rewards, values, next_value, terminated, truncated, final
         following = first[t + 1] if t + 1 < len(rewards) else next_value
         following = torch.where(truncated[t], final_values[t], following) * ~terminated[t]
         td_error = rewards[t] + gamma * following - first[t]
-        last = td_error + gamma * gae_lambda * last * ~(terminated[t] | truncated[t])  # Eq. 13
+        last = (td_error + gamma * lam * last * ~(terminated[t] | truncated[t])) * alive[t]  # Eq. 13
         advantages[t] = last
     returns = (advantages + first)[..., None].expand_as(values)  # (T, N, S)
     return returns - values, returns
@@ -489,7 +489,7 @@ def main(args: Args):
             run.stop(signal)
         rolled = now(policy.device)
         given = batch.reward, batch.value, batch.next_value, batch.terminated, batch.truncated
-        given += batch.final_value, args.gamma, args.gae_lambda
+        given += batch.alive, batch.final_value, args.gamma, args.gae_lambda
         batch.advantages, batch.returns = compute_advantages(*given)
         metrics = update(agent, optimizer, batch, args, shuffle_rng)
         metrics["flow/exploration"] = agent.exploration(seen[1][:32], torch.Generator(device).manual_seed(0))

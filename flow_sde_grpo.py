@@ -251,14 +251,14 @@ def rollout(agent, envs, seen, batch, generator, run=None):
     return (obs, prefix, inputs), episodes, steps, encode_time
 
 
-def compute_advantages(rewards: Tensor, alive: Tensor, group_size: int, eps=1e-6) -> Tensor:
-    """Eq. 17. rewards and alive (T, N); a group is `group_size` neighbours, which started from one state."""
-    returns = rewards.sum(dim=0).view(-1, group_size)  # (G, group_size): R^(j)
+def compute_advantages(rewards, truncated, alive, group_size: int, eps=1e-6) -> Tensor:
+    """Eq. 17. The first three (T, N); a group is `group_size` neighbours, which started from one state."""
+    returns = rewards.masked_fill(truncated & ~alive, math.nan).sum(dim=0).view(-1, group_size)  # NaN: lost
     advantages = returns - returns.mean(dim=1, keepdim=True)
     advantages = advantages / (returns.std(dim=1, correction=0, keepdim=True) + eps)  # Eq. 17
-    masked = (returns == returns[:, :1]).all(dim=1)  # nothing to compare, whatever the rounding says
+    masked = (returns == returns[:, :1]).all(dim=1) | returns.isnan().any(dim=1)  # nothing to compare
     advantages[masked] = 0
-    chunks = alive.sum(dim=0).float().view(-1, group_size)  # an episode's advantage is shared among so many
+    chunks = alive.sum(dim=0).clamp(min=1.0).view(-1, group_size)  # which share an episode's advantage
     advantages = advantages * torch.cat(gather(chunks[~masked])).mean().nan_to_num() / chunks
     return advantages.flatten().expand_as(rewards)[..., None]  # (T, N, 1)
 
@@ -457,7 +457,7 @@ def main(args: Args):
             run.save(policy, optimizer)
             run.stop(signal)
         rolled = now(policy.device)
-        batch.advantages = compute_advantages(batch.reward, batch.alive, args.group_size)
+        batch.advantages = compute_advantages(batch.reward, batch.truncated, batch.alive, args.group_size)
         differ = batch.advantages[..., 0] != 0
         if any(gather(differ.any().item())):  # an episode without an advantage teaches nothing
             batch.alive &= differ

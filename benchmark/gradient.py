@@ -116,7 +116,7 @@ def main(args):
     for i in range(args.warmup + args.batches):
         steps.clear()
         seen, *_ = rollout(agent, envs, seen, batch, generator)
-        ends = batch.terminated, batch.truncated, batch.final_value
+        ends = batch.terminated, batch.truncated, batch.alive, batch.final_value
         batch.advantages, batch.returns = compute_advantages(
             batch.reward, batch.value, batch.next_value, *ends, flags.gamma, flags.gae_lambda
         )

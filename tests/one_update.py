@@ -48,7 +48,9 @@ def played(script, rank, ranks, dead):
     share = slice(rank * N // ranks, (rank + 1) * N // ranks)
     if script is flow_sde_grpo:
         rewards, begun = (draw(T, N) > 0.5).double(), alive | ~alive.any(dim=0)
-        batch["advantages"] = script.compute_advantages(rewards[:, share], begun[:, share], GROUP)
+        batch["advantages"] = script.compute_advantages(
+            rewards[:, share], torch.zeros_like(begun[:, share]), begun[:, share], GROUP
+        )
     else:
         decisions = agent.num_decisions
         batch |= {name: draw(T, N, decisions)[:, share] for name in ("value", "returns", "advantages")}

@@ -27,6 +27,8 @@ from simulators.tabletop import Tabletop
 
 # --- advantages ---
 
+NOBODY = torch.tensor(False)  # is truncated; the time limit makes no difference
+
 
 def grpo(
     centre=lambda r: r.mean(dim=1, keepdim=True),
@@ -36,11 +38,13 @@ def grpo(
     ungroup=lambda a: a.flatten(),
     share=lambda chunks: chunks.mean() / chunks,
     all_equal=lambda r: (r == r[:, :1]).all(dim=1),
+    lost=lambda truncated, alive: (truncated & ~alive).any(dim=0),
 ):
-    def compute(rewards, alive, group_size):
+    def compute(rewards, truncated, alive, group_size):
         returns = group(rewards.sum(dim=0), group_size)
         advantages = (returns - centre(returns)) / add(spread(returns))
         advantages[all_equal(returns)] = 0
+        advantages[group(lost(truncated, alive), group_size).any(dim=1)] = 0
         return (ungroup(advantages) * share(alive.sum(dim=0).double())).expand_as(rewards)[..., None]
 
     return compute
@@ -72,7 +76,7 @@ def check_definition(compute):
     rewards, alive = episodes()
     for group_size in (2, 3, 4, 6, 12):
         truth = definition(rewards.numpy(), alive.numpy(), group_size)
-        assert np.allclose(compute(rewards, alive, group_size).numpy(), truth, rtol=1e-6, atol=1e-9)
+        assert np.allclose(compute(rewards, NOBODY, alive, group_size).numpy(), truth, rtol=1e-6, atol=1e-9)
 
 
 def check_all_equal(compute):
@@ -83,7 +87,7 @@ def check_all_equal(compute):
             rewards = torch.zeros(5, 24)
             rewards[torch.arange(24) % 5, torch.arange(24)] = value
             rewards[:, group_size:] = torch.rand((5, 24 - group_size), generator=seeded())
-            advantages = compute(rewards, alive, group_size)
+            advantages = compute(rewards, NOBODY, alive, group_size)
             assert (advantages[:, :group_size] == 0).all()
             assert (advantages[:, group_size:] != 0).all() and advantages.isfinite().all()
 
@@ -93,7 +97,25 @@ def check_invariance(compute):
     rewards, alive = episodes()
     more = rewards.clone()
     more[0] += torch.tensor([2.0, -5.0, 0.5]).repeat_interleave(4)
-    assert torch.allclose(compute(more, alive, 4), compute(rewards, alive, 4), rtol=1e-6, atol=1e-8)
+    assert torch.allclose(
+        compute(more, NOBODY, alive, 4), compute(rewards, NOBODY, alive, 4), rtol=1e-6, atol=1e-8
+    )
+
+
+def check_dropped(compute):
+    """A simulator breaks down in the third chunk of episode 1, of the first group. It did not fail: nobody
+    knows. Its group has no signal, and the others are as if it was not there."""
+    alive, truncated = torch.ones((2, 5, 12), dtype=torch.bool)
+    alive[2:, 1], truncated[:, :], truncated[2, 1] = False, False, True
+    alive[3:, 7], truncated[4, 5] = False, True  # a success, and one that ran into the time limit
+    rewards = torch.zeros(5, 12, dtype=torch.float64)
+    rewards[2, 7] = rewards[4, 2] = 1
+    advantages = compute(rewards, truncated, alive, 4)
+    assert (advantages[:, :4] == 0).all() and (advantages[:, 8:] == 0).all()
+    length = np.array([5, 5, 5, 3])
+    truth = np.array([-1, -1, -1, 3]) / math.sqrt(3) / length
+    ratio = advantages[0, 4:8, 0].numpy() / truth
+    assert np.allclose(ratio, ratio[0], rtol=1e-5) and ratio[0] > 0
 
 
 def everyone(f):
@@ -116,6 +138,7 @@ ADVANTAGES = {
         "no epsilon": grpo(add=lambda spread: spread, all_equal=BY_ROUNDING),
         "what rounding leaves": grpo(all_equal=BY_ROUNDING),
     },
+    check_dropped: {"it has failed": grpo(lost=lambda truncated, alive: truncated.any(dim=0) & False)},
     check_invariance: {
         "mean of all": grpo(centre=everyone(torch.mean)), "no mean": grpo(centre=lambda r: 0),
         "interleaved": INTERLEAVED,
@@ -316,15 +339,23 @@ def test_scale_is_that_of_the_groups_that_are_learned_from():
     rewards, alive = torch.zeros(8, 6), torch.ones(8, 6, dtype=torch.bool)
     rewards[3, 0] = 1  # of the first group, one of three, after four chunks
     alive[4:, 0] = False
-    few = compute_advantages(rewards[:, :3], alive[:, :3], 3)
+    few = compute_advantages(rewards[:, :3], NOBODY, alive[:, :3], 3)
     for length in (1, 5, 8):
         alive[length:, 3:] = False
-        many = compute_advantages(rewards, alive, 3)
+        many = compute_advantages(rewards, NOBODY, alive, 3)
         assert torch.equal(many[:, :3], few) and (many[:, 3:] == 0).all()
         alive[:, 3:] = True
     assert (few[..., 0] * alive[:, :3]).sum(dim=0).square().mean() == pytest.approx(
         ((4 + 8 + 8) / 3) ** 2, rel=1e-4
     )
+
+
+def test_dropped_at_once():
+    """In its first chunk; also where no group is left."""
+    alive, truncated = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.bool)
+    alive[:, 0], truncated[0, 0] = False, True
+    advantages = compute_advantages(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), truncated, alive, 3)
+    assert (advantages == 0).all()
 
 
 def test_run(tmp_path, checkpoint, monkeypatch):

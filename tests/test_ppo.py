@@ -30,11 +30,12 @@ def gae(
     inner_discount=1.0,
     inner_lambda=1.0,
     baseline=lambda values: values,
+    counts=lambda alive: alive,
 ):
     """The recursion over the T * S decisions of the two-layer MDP."""
 
-    def compute(rewards, values, next_value, terminated, truncated, final_values, gamma, gae_lambda):
-        values = baseline(values)
+    def compute(rewards, values, next_value, terminated, truncated, alive, final_values, gamma, gae_lambda):
+        values, alive = baseline(values), counts(alive)
         T, N, S = values.shape
         advantages, last = torch.zeros_like(values), torch.zeros(N)
         for t in reversed(range(T)):
@@ -42,17 +43,18 @@ def gae(
             following = after(following, final_values[t], terminated[t], truncated[t])
             last = gae_lambda * last * ~ends(terminated[t], truncated[t])
             last = rewards[t] + gamma * (following + last) - values[t, :, -1]
-            advantages[t, :, -1] = last
+            advantages[t, :, -1] = last = last * alive[t]
             for s in reversed(range(S - 1)):
                 last = inner_discount * (values[t, :, s + 1] + inner_lambda * last) - values[t, :, s]
-                advantages[t, :, s] = last
+                advantages[t, :, s] = last = last * alive[t]
         return advantages, advantages + values
 
     return compute
 
 
-def definition(rewards, values, next_value, terminated, truncated, final_values, gamma, gae_lambda):
-    """A_i = sum_j (product of discount * lambda from i to j) * (TD error at j), to the end of the episode."""
+def definition(rewards, values, next_value, terminated, truncated, alive, final_values, gamma, gae_lambda):
+    """A_i = sum_j (product of discount * lambda from i to j) * (TD error at j), to the end of the episode, or
+    to the chunk that was lost by a breakdown."""
     T, N, S = values.shape
     advantages = torch.zeros_like(values)
     for n in range(N):
@@ -60,6 +62,8 @@ def definition(rewards, values, next_value, terminated, truncated, final_values,
             weight, total = 1.0, 0.0
             for j in range(i, T * S):
                 t, s = divmod(j, S)
+                if not alive[t, n]:
+                    break
                 now = values[t, n, s].item()
                 if s < S - 1:  # inside a chunk: no reward, no discount, lambda 1
                     total += weight * (values[t, n, s + 1].item() - now)
@@ -88,10 +92,12 @@ def check_definition(compute):
         terminated, truncated = torch.zeros((2, 7, 6), dtype=torch.bool)
         terminated[[0, 3, 6, 2, 2], [1, 1, 2, 3, 5]] = True
         truncated[[0, 4, 6, 3, 5], [2, 2, 4, 3, 5]] = True
+        alive = torch.ones(7, 6, dtype=torch.bool)
+        alive[[4, 6, 4], [2, 4, 1]] = False  # two are dropped, one idles
         for gamma, gae_lambda in ((0.9, 0.7), (0.99, 1.0), (0.8, 0.0)):
-            given = rewards, values, next_value, terminated, truncated, final_values, gamma, gae_lambda
+            given = rewards, values, next_value, terminated, truncated, alive, final_values, gamma, gae_lambda
             advantages, returns = compute(*given)
-            assert torch.allclose(advantages, definition(*given), atol=1e-12)
+            assert torch.allclose(advantages[alive], definition(*given)[alive], atol=1e-12)
             assert torch.allclose(returns, advantages + values, atol=1e-12)
 
 
@@ -103,7 +109,8 @@ def check_by_hand(compute):
     rewards = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     final_values = torch.full((3, 3), 9.0)  # of no meaning, but for
     final_values[1, 1] = 8
-    given = torch.tensor([7.0, 6.0, 6.0]), terminated, truncated, final_values, 0.5, 0.5
+    alive = torch.ones(3, 3, dtype=torch.bool)
+    given = torch.tensor([7.0, 6.0, 6.0]), terminated, truncated, alive, final_values, 0.5, 0.5
     values = torch.tensor([1.0, 2.0, 4.0])[:, None].expand(3, 3)
     # errors 0 + 1 - 1, 0 + 2 - 2, 1 - 4;  0 + 1 - 1, 0 + 4 - 2 | 0 + 3 - 4;  0 + 1 - 1, 1 - 2 | 0 + 3 - 4
     truth = torch.tensor([[-0.1875, 0.5, -0.25], [-0.75, 2.0, -1.0], [-3.0, -1.0, -1.0]])
@@ -116,7 +123,23 @@ def check_by_hand(compute):
     assert torch.equal(returns[:, 1], torch.tensor([[1.5, 1.5], [4.0, 4.0], [3.0, 3.0]]))
 
 
+def check_dropped(compute):
+    """gamma = lambda = 1/2. A simulator breaks down in chunk 2: the episode ends where chunk 1 ended, and is
+    worth V = 4 there; chunk 3 is of a new one."""
+    truncated, alive = (
+        torch.tensor([[0], [0], [1], [0]], dtype=torch.bool),
+        torch.tensor([[1], [1], [0], [1]]) > 0,
+    )
+    values = torch.tensor([1.0, 3.0, 4.0, 2.0])[:, None]
+    final_values = values.clone()  # of a dropped chunk: of the observation that it began with
+    given = torch.tensor([8.0]), truncated & ~truncated, truncated, alive, final_values, 0.5, 0.5
+    advantages, _ = compute(torch.zeros(4, 1), values[..., None], *given)
+    # errors 0 + 1.5 - 1, 0 + 2 - 3 | nothing, and not 0 + 2 - 4 | 0 + 4 - 2
+    assert advantages[[0, 1, 3]].flatten().tolist() == [0.5 - 0.25, -1.0, 2.0]
+
+
 GAE = {
+    "a lost chunk counts": gae(counts=torch.ones_like),
     "the time limit is an end": gae(
         after=lambda v, final, terminated, truncated: v * ~(terminated | truncated)
     ),
@@ -134,11 +157,13 @@ GAE = {
 def test_advantages(compute):
     check_definition(compute)
     check_by_hand(compute)
+    check_dropped(compute)
 
 
 @pytest.mark.parametrize("check", [check_definition, check_by_hand])
 @pytest.mark.parametrize("broken", GAE)
 def test_broken_advantages_are_caught(check, broken):
+    check = check_dropped if broken == "a lost chunk counts" else check
     with pytest.raises(AssertionError):
         check(GAE[broken])
 
