@@ -619,9 +619,25 @@ def test_gif(tmp_path):
 
     frames = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
     write_gif(tmp_path / "plain.gif", frames)
-    write_gif(tmp_path / "text.gif", frames, "one two three")
+    write_gif(tmp_path / "text.gif", frames, ["one"])
     plain, text = Image.open(tmp_path / "plain.gif"), Image.open(tmp_path / "text.gif")
     assert plain.n_frames == text.n_frames == 3 and plain.size == (64, 64) and plain.info["duration"] == 100
     strip = np.array(text.convert("L"))[64:]
     assert text.size[1] > 64 and strip.min() < 100 and strip.max() > 200  # dark letters on white
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.gif", "text.gif"]
+
+
+def test_captions_stand_under_their_pictures(tmp_path):
+    """In turn, and a long one in several lines; one alone has the whole width."""
+    from PIL import Image
+
+    def letters(*captions):
+        """(columns,) where there is something dark below the pictures, and how high that is."""
+        write_gif(tmp_path / "x.gif", np.full((1, 64, 256, 3), 255, np.uint8), captions)
+        dark = np.array(Image.open(tmp_path / "x.gif").convert("L"))[64:] < 100
+        return dark.reshape(len(dark), 4, 64).any(axis=(0, 2)).tolist(), len(dark)
+
+    assert letters("one", "", "") == ([True, False, False, True], 23)
+    assert letters("one", "", "long as it is") == ([True, False, True, True], 40)
+    assert letters("one", *[""] * 7, "far") == ([True, False, False, False], 23)
+    assert letters("one two three four five") == ([True, True, True, False], 23)
