@@ -40,6 +40,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,16 +110,22 @@ def find_variations(env_id):
     return known[env_id]
 
 
-def write_gif(path: str | Path, frames: Sequence[np.ndarray], caption: str = "", fps: int = 10):
-    """Frames (T, H, W, 3) uint8 as an animation, with a line of text under them."""
+def write_gif(path: str | Path, frames: Sequence[np.ndarray], captions: Sequence[str] = (), fps: int = 10):
+    """Frames (T, H, W, 3) uint8 of square pictures side by side as an animation. Under each picture stands
+    its caption, in turn; a single caption is of all of them."""
     from PIL import Image, ImageDraw, ImageFont, ImageOps
 
     pictures = [Image.fromarray(frame) for frame in np.asarray(frames)]
-    if caption:
-        pictures = [ImageOps.expand(picture, (0, 0, 0, 22), "white") for picture in pictures]
-        for picture in pictures:
-            place, font = (6, picture.height - 19), ImageFont.load_default(size=14)
-            ImageDraw.Draw(picture).text(place, caption, fill="black", font=font)
+    if captions:
+        (width, height), font = pictures[0].size, ImageFont.load_default(size=14)
+        columns = width // height if len(captions) > 1 else 1
+        letters = width // columns // 8  # fit into a line
+        texts = [textwrap.fill(captions[i % len(captions)], letters) for i in range(columns)]
+        strip = 6 + 17 * max(text.count("\n") + 1 for text in texts)
+        pictures = [ImageOps.expand(picture, (0, 0, 0, strip), "white") for picture in pictures]
+        for draw in map(ImageDraw.Draw, pictures):
+            for i, text in enumerate(texts):
+                draw.text((6 + i * width // columns, height + 3), text, "black", font)
     temporary, (first, *others) = f"{path}.tmp", pictures
     first.save(temporary, "GIF", save_all=True, append_images=others, duration=1000 // fps, loop=0)
     os.replace(temporary, path)

@@ -30,6 +30,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+import cards
 import flow_sde_ppo
 from envs import find_variations, make_envs, write_gif
 from flags import check_effects, check_ranges, fail, possible, read
@@ -65,6 +66,10 @@ class Args:
     """file for a line of JSON per episode: policy, env_id, seed, task, state, success, length, return"""
     capture_video: str = ""
     """GIF to write: a row per checkpoint, six tasks, each from the first of its states"""
+    card: bool = False
+    """write a model card, README.md, into the checkpoint's folder, with the curve of its run and a GIF"""
+    upload: str = ""
+    """OWNER/NAME on the Hugging Face hub: push the folder with its card there"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is one"""
     num_threads: int = 1
@@ -235,6 +240,8 @@ def main(args):
     ]:
         if wrong:
             fail(message)
+    card = cards.check(args) if args.card or args.upload else ""
+    gif = gif or (card and os.path.join(os.path.dirname(card), cards.GIF))
     torch.set_num_threads(args.num_threads)
     groups = find_variations(args.env_id) if args.variations else {}
     envs, *others = (build(args, env_id) for env_id in (args.env_id, *groups))  # before hours of episodes
@@ -242,7 +249,7 @@ def main(args):
     samplers = [sampler(args, *pair) for pair in zip(args.checkpoints, policies)]
     for policy in policies:
         policy.check_robot(*(envs.single_observation_space["state"].shape + envs.single_action_space.shape))
-    for path in filter(None, (args.json, args.records, gif)):
+    for path in filter(None, (args.json, args.records, gif, card)):
         try:
             if os.path.isdir(path):
                 raise IsADirectoryError(0, "it is a folder")
@@ -272,6 +279,8 @@ def main(args):
     if gif:
         write_gif(gif, frames)
         print(f"video: {gif}")
+    if card:
+        cards.write(args, policies[0], samplers[0][0], markdown(report), gif)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,12 @@ def fail(message: str, code=2):
     raise SystemExit(code)
 
 
+def tell(message: str):
+    """A line on stderr, above the progress bar; of several ranks it says which."""
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    tqdm.write(rank + message, file=sys.stderr)
+
+
 MANY, ABOVE_0 = 10**9, math.ulp(0)  # the least number above zero
 RANGES = {  # of every number, whichever script has it: least, greatest
     **dict.fromkeys(["num_envs", "num_steps", "num_minibatches", "num_demos", "play_episodes"], (1, 100_000)),
@@ -209,19 +215,24 @@ def unfinished_run(args):
     return max(unfinished, default="", key=lambda folder: folder.name)
 
 
-def launcher():
-    """How this process was started: the words before the script."""
-    ranks = os.environ.get("WORLD_SIZE", "1")  # told by torchrun
+def launcher(ranks=None):
+    """The words before the script that start so many ranks; or as many as this process was started with."""
+    ranks = ranks or os.environ.get("WORLD_SIZE", "1")  # told by torchrun
     return ["python"] if ranks == "1" else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
 
 
 def as_command(script, args):
     """The command that runs a script with these Args, whatever its defaults are."""
-    words = [*launcher(), script]
-    for name, value in dataclasses.asdict(args).items():
+    return shlex.join([*launcher(), script, *as_words(dataclasses.asdict(args))])
+
+
+def as_words(values):
+    """{flag: value} as words of a command line."""
+    words = []
+    for name, value in values.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif value != "":
-            words += [f"--{flag}", str(value)]
-    return shlex.join(words)
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    return words

@@ -449,7 +449,8 @@ def main(args: Args):
         eval_envs.close()  # ends its processes until the next evaluation
         if args.capture_video and rank == 0:
             frames = [np.hstack(frame) for frame in result["frames"]]
-            write_gif(f"{run.folder}/eval_{global_step}.gif", frames, "   |   ".join(eval_envs.prompts[:6]))
+            captions = eval_envs.prompts[: len(eval_envs.tasks)]  # of the columns, in turn
+            write_gif(f"{run.folder}/eval_{global_step}.gif", frames, captions)
         run.evaluations.append((global_step, result["success"].mean()))
         return result["success"].mean()
 

@@ -147,7 +147,6 @@ class Agent:
         self.noisy_steps = self.K if last or self.K == 1 else self.K - 1
         self.num_stochastic = self.num_decisions = 1 if self.hybrid else self.noisy_steps  # S, per chunk
         self.refused = self.refused_in_a_row = 0  # optimiser steps
-        self.reference = None  # the agent at the start, when there is a KL penalty
 
     @torch.no_grad()
     def encode(self, obs: dict) -> tuple[Prefix, dict[str, Tensor]]:
@@ -259,12 +258,12 @@ def rollout(agent, envs, seen, batch, generator, run=None):
 
 def compute_advantages(rewards: Tensor, alive: Tensor, group_size: int, eps=1e-6) -> Tensor:
     """Eq. 17. rewards and alive (T, N); a group is `group_size` neighbours, which started from one state."""
-    returns = rewards.sum(dim=0).view(-1, group_size)  # (G, group_size): R^(j)
+    returns = rewards.sum(dim=0).view(-1, group_size)  # (G, group_size): R^(j), NaN if it was lost
     advantages = returns - returns.mean(dim=1, keepdim=True)
     advantages = advantages / (returns.std(dim=1, correction=0, keepdim=True) + eps)  # Eq. 17
-    masked = (returns == returns[:, :1]).all(dim=1)  # nothing to compare, whatever the rounding says
+    masked = (returns == returns[:, :1]).all(dim=1) | returns.isnan().any(dim=1)  # nothing to compare
     advantages[masked] = 0
-    chunks = alive.sum(dim=0).float().view(-1, group_size)  # an episode's advantage is shared among so many
+    chunks = alive.sum(dim=0).clamp(min=1.0).view(-1, group_size)  # which share an episode's advantage
     advantages = advantages * torch.cat(gather(chunks[~masked])).mean().nan_to_num() / chunks
     return advantages.flatten().expand_as(rewards)[..., None]  # (T, N, 1)
 
@@ -293,7 +292,7 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
                 approx_kl = (ratio - 1) - logratio
                 clipfrac = ((ratio - 1).abs() > clip).float()
                 start = logprob.detach()  # under the policy that training started from
-                if agent.reference:
+                if args.kl_coef:
                     start, *_ = agent.reference.evaluate_actions(seen, chain[rows], denoise_idx[rows])
                 kl = (start - logprob).exp() - 1 - (start - logprob)  # GRPO's own estimate, never negative
                 loss = policy_loss + args.kl_coef * kl.mean()
@@ -423,7 +422,8 @@ def main(args: Args):
         eval_envs.close()  # ends its processes until the next evaluation
         if args.capture_video and rank == 0:
             frames = [np.hstack(frame) for frame in result["frames"]]
-            write_gif(f"{run.folder}/eval_{global_step}.gif", frames, "   |   ".join(eval_envs.prompts[:6]))
+            captions = eval_envs.prompts[: len(eval_envs.tasks)]  # of the columns, in turn
+            write_gif(f"{run.folder}/eval_{global_step}.gif", frames, captions)
         run.evaluations.append((global_step, result["success"].mean()))
         return result["success"].mean()
 
@@ -463,6 +463,7 @@ def main(args: Args):
             run.save(policy, optimizer)
             run.stop(signal)
         rolled = now(policy.device)
+        batch.reward[batch.truncated & ~batch.alive] = math.nan  # a simulator broke down: nobody knows
         batch.advantages = compute_advantages(batch.reward, batch.alive, args.group_size)
         differ = batch.advantages[..., 0] != 0
         if any(gather(differ.any().item())):  # an episode without an advantage teaches nothing

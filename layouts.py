@@ -317,22 +317,23 @@ def is_read(path):
 def download(name):
     """The folder of a hub id, or of owner/name@revision, from the cache or the network."""
     import huggingface_hub as hub
+    from huggingface_hub import constants
 
     repository, _, revision = str(name).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or os.path.isdir(os.path.dirname(repository)):
         fail(f"checkpoint '{name}' does not exist: neither a folder nor the id of a model on the hub")
     try:
-        if hub.constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE:
             return Path(hub.snapshot_download(repository, revision=revision or None, local_files_only=True))
         told = hub.HfApi().model_info(repository, revision=revision or None, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in told.siblings if is_read(file.rfilename)}
         if any(file.endswith(".safetensors") for file in sizes):  # then no .pt is
             sizes = {file: size for file, size in sizes.items() if file not in WEIGHTS}
-        cached = {"revision": told.sha, "cache_dir": hub.constants.HF_HUB_CACHE}
+        cached = {"revision": told.sha, "cache_dir": constants.HF_HUB_CACHE}
         new = [f for f in sizes if not isinstance(hub.try_to_load_from_cache(repository, f, **cached), str)]
         if new:
             size = f"{sum(sizes[file] for file in new) / 1e9:.2f} GB in {len(new)} files"
-            print(f"downloading {name}: {size}, to {hub.constants.HF_HUB_CACHE}", file=sys.stderr, flush=True)
+            print(f"downloading {name}: {size}, to {constants.HF_HUB_CACHE}", file=sys.stderr, flush=True)
         return Path(
             hub.snapshot_download(repository, revision=told.sha, allow_patterns=[*map(escape, sizes)])
         )
@@ -350,6 +351,7 @@ def download(name):
 
 WRITTEN = {"README.md", "args.json", "config.json", "tokenizer.json", STATS, "model.safetensors"}
 WRITTEN |= {"experiment_cfg/metadata.json"}
+CARD = "learning_curve.png", "episodes.gif"  # what cards.py adds; of the weights that were there then
 
 
 def save_policy(policy, folder: str | os.PathLike, card="", args: dict | None = None):
@@ -420,7 +422,7 @@ def strangers(folder):
         return "a file of this name"
     paths = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
     names = (str(path.relative_to(folder)) for path in paths)
-    return some(sorted(name for name in names if name.removesuffix(".tmp") not in WRITTEN))
+    return some(sorted(name for name in names if name.removesuffix(".tmp") not in {*WRITTEN, *CARD}))
 
 
 def check_output(flag, folder):

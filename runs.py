@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from flags import as_command, fail, launcher
+from flags import as_command, fail, launcher, tell
 from pi_models import save_policy
 from ranks import gather
 
@@ -53,16 +54,23 @@ class Run:
         self.handlers = {number: signal.signal(number, self._ask_to_stop) for number in signals}
         if not self.first:
             return
+        self.wandb = self._track() if args.track else None
         self._open()
-        if args.track:
-            import wandb
-
-            os.environ.setdefault("WANDB_PROJECT", "piRL")
-            same = {"id": self.name, "resume": "allow"}
-            wandb.init(name=self.name, config=dataclasses.asdict(args), sync_tensorboard=True, **same)
         print(as_command(self.script, args))
         begin = self.saved["global_step"]
         self.progress = tqdm(total=args.total_timesteps, initial=begin, unit="step", unit_scale=True)
+
+    def _track(self):
+        """The run of Weights & Biases; a resumed one has the same."""
+        import wandb
+
+        same = {"id": re.sub("[:;,#?/']", "-", self.name), "resume": "allow", "allow_val_change": True}
+        told = {"name": self.name, "config": dataclasses.asdict(self.args)}
+        try:
+            return wandb.init(project=os.environ.get("WANDB_PROJECT", "piRL"), **told, **same)
+        except wandb.Error as error:
+            what = f"{str(error).strip().splitlines()[0]} (`wandb login`, or WANDB_MODE=offline)"
+            fail(f"--track: {what}", code=2 if isinstance(error, wandb.errors.UsageError) else 1)
 
     def _open(self):
         try:
@@ -106,8 +114,8 @@ class Run:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal, self.asked = number, time.monotonic()
-        tell = "finishing a chunk, then saving" if self.args.save_model else "finishing a chunk"
-        tqdm.write(f"{signal.Signals(number).name}: {tell}; once more ends at once", file=sys.stderr)
+        then = "finishing a chunk, then saving" if self.args.save_model else "finishing a chunk"
+        tell(f"{signal.Signals(number).name}: {then}; once more ends at once")
 
     def remember(self, envs, generators, **counters):
         """This moment between two iterations, without the weights: the rollout does not change them."""
@@ -158,7 +166,7 @@ class Run:
             if all(gather(whole)):
                 return counters | {"envs": mine["envs"]}
             if told:
-                tqdm.write(f"{self.folder}: {told}", file=sys.stderr)
+                tell(f"{self.folder}: {told}")
         others = {path.name.split("of")[-1].split(".")[0] for path in folder.glob("*.rank0of*")} - {
             str(ranks)
         }
@@ -206,6 +214,8 @@ class Run:
             self.table.writerow([iteration, global_step, *metrics.values()])
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, global_step)
+        if self.wandb:
+            self.wandb.log(metrics, step=global_step)
         success, by_ode = metrics["charts/success_once"], metrics["eval/success_rate"]
         self.curve.append((global_step, success))
         self.progress.set_postfix_str(f"it {iteration}, success {success:.3f}, eval {by_ode:.3f}")
@@ -224,6 +234,8 @@ class Run:
         if self.evaluations:
             by_ode = {"label": "evaluation (ODE, fixed states)", "color": "C0", "ms": 4}
             axes.plot(*zip(*self.evaluations), "o-", **by_ode)
+        if self.wandb:
+            self.wandb.finish()
         title = f"{title} on {self.args.env_id}, seed {self.args.seed}"
         axes.set(xlabel="environment steps", ylabel="success rate", ylim=(0, 1), title=title)
         axes.grid(alpha=0.3)

@@ -10,7 +10,6 @@ were truncated at the last good observation. Each time is told in a line; too ma
 
 import math
 import os
-import sys
 from contextlib import suppress
 
 import gymnasium as gym
@@ -18,7 +17,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
-from flags import fail
+from flags import fail, tell
 from processes import ADVICE, SERVER, describe, serve, start
 
 MAX_BREAKDOWNS = 5  # in a row: without a chunk between them in which nothing breaks down
@@ -137,7 +136,7 @@ class Simulators(gym.vector.VectorEnv):
     def set_state(self, saved: dict) -> dict:
         """As after `get_state`, but in new episodes: their observation."""
         self.rng.bit_generator.state = saved["rng"]
-        print(f"{self.env_id}: episodes begin anew, its state is not saved", file=sys.stderr)
+        tell(f"{self.env_id}: episodes begin anew, its state is not saved")
         return self.reset()[0]
 
     def _draw(self, n):  # task and initial state of n training episodes
@@ -187,7 +186,7 @@ class Simulators(gym.vector.VectorEnv):
             # an episode that was just to begin begins again
             lost = (failed[rows] & ~arguments[0][rows] if method == "reset" else failed[rows]).sum()
             count = f"{self.breakdowns} of at most {MAX_BREAKDOWNS} times in a row"
-            print(f"{what}; built anew, {count}; {fate}: {lost}", file=sys.stderr)
+            tell(f"{what}; built anew, {count}; {fate}: {lost}")
         return answers, failed
 
     def _receive(self, i, patience):

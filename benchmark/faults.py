@@ -221,6 +221,7 @@ BAD_TEXT = {  # of flags that take any text
     "json": ["no/such/folder.json", "x" * 300, "empty", "a\nb"],
     "capture_video": ["a.mp4", "no/such/folder.gif", "x" * 300],
     "labels": ["a\nb"],
+    "upload": ["mine", "a/b/c", "a b/c", "../x"],
 }
 NUMBERS = {
     int: ["-2", str(10**30), "2.5", "x", "", "nan", "1e3"],

@@ -37,6 +37,7 @@ ELSEWHERE = {  # what a command begins with: where else it is run, or why it is 
     "python evaluate.py --env-id maniskill_25main": "needs a checkpoint that is not here; test_evaluate.py",
     "python evaluate.py --env-id calvin_d": "needs a checkpoint that is not here; test_calvin.py",
     "python evaluate.py --env-id mine": "test_docs.py",
+    "python evaluate.py --checkpoints runs/<run>/checkpoint --upload": "test_cards.py",
     "python evaluate.py --device cuda": "needs a GPU",
     "python flow_sde_ppo.py --device cuda --env-id": "needs a GPU",
     "python flow_sde_ppo.py --resume": "test_runs.py",

@@ -14,6 +14,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from envs import SIMULATORS, find_simulator, make_envs, write_gif
@@ -401,6 +402,22 @@ def test_dropped_in_training(walk, capsys):
     assert capsys.readouterr().err.endswith("in a row; episodes dropped: 1\n")
 
 
+def test_the_line_is_above_the_progress_bar(walk, capsys, monkeypatch):
+    """It says which rank it is of, and the bar is drawn anew below it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    envs = walk(2, partial_reset=True)
+    envs.reset()
+    with tqdm(total=9, desc="training", file=sys.stderr, mininterval=0) as bar:
+        bar.update(4)
+        envs.step_chunk(still(2, row=1, does=RAISES))
+    lines = capsys.readouterr().err.split("\n")
+    (told,) = [line for line in lines if "walk broke down" in line]
+    assert told.split("\r")[-1].startswith("rank 1: walk broke down, task ")
+    assert told.split("\r")[-2].strip() == "" and "training" in told  # the bar was wiped off
+    assert "training:  44%" in lines[lines.index(told) + 1]
+
+
 def test_a_reward_of_a_dropped_chunk_is_not_paid(walk):
     """Success, and then the observation is not a number."""
     envs = walk(2)
@@ -603,9 +620,25 @@ def test_gif(tmp_path):
 
     frames = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
     write_gif(tmp_path / "plain.gif", frames)
-    write_gif(tmp_path / "text.gif", frames, "one two three")
+    write_gif(tmp_path / "text.gif", frames, ["one"])
     plain, text = Image.open(tmp_path / "plain.gif"), Image.open(tmp_path / "text.gif")
     assert plain.n_frames == text.n_frames == 3 and plain.size == (64, 64) and plain.info["duration"] == 100
     strip = np.array(text.convert("L"))[64:]
     assert text.size[1] > 64 and strip.min() < 100 and strip.max() > 200  # dark letters on white
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.gif", "text.gif"]
+
+
+def test_captions_stand_under_their_pictures(tmp_path):
+    """In turn, and a long one in several lines; one alone has the whole width."""
+    from PIL import Image
+
+    def letters(*captions):
+        """(columns,) where there is something dark below the pictures, and how high that is."""
+        write_gif(tmp_path / "x.gif", np.full((1, 64, 256, 3), 255, np.uint8), captions)
+        dark = np.array(Image.open(tmp_path / "x.gif").convert("L"))[64:] < 100
+        return dark.reshape(len(dark), 4, 64).any(axis=(0, 2)).tolist(), len(dark)
+
+    assert letters("one", "", "") == ([True, False, False, True], 23)
+    assert letters("one", "", "long as it is") == ([True, False, True, True], 40)
+    assert letters("one", *[""] * 7, "far") == ([True, False, False, False], 23)
+    assert letters("one two three four five") == ([True, True, True, False], 23)

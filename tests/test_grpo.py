@@ -36,11 +36,12 @@ def grpo(
     ungroup=lambda a: a.flatten(),
     share=lambda chunks: chunks.mean() / chunks,
     all_equal=lambda r: (r == r[:, :1]).all(dim=1),
+    lost=lambda r: r.isnan().any(dim=1),
 ):
     def compute(rewards, alive, group_size):
         returns = group(rewards.sum(dim=0), group_size)
         advantages = (returns - centre(returns)) / add(spread(returns))
-        advantages[all_equal(returns)] = 0
+        advantages[all_equal(returns) | lost(returns)] = 0
         return (ungroup(advantages) * share(alive.sum(dim=0).double())).expand_as(rewards)[..., None]
 
     return compute
@@ -96,12 +97,26 @@ def check_invariance(compute):
     assert torch.allclose(compute(more, alive, 4), compute(rewards, alive, 4), rtol=1e-6, atol=1e-8)
 
 
+def check_lost(compute):
+    """A simulator breaks down in an episode of the first group. It did not fail: nobody knows. Its group has
+    no signal, and the others are as if it was not there."""
+    alive = torch.ones((5, 12), dtype=torch.bool)
+    alive[2:, 1] = alive[3:, 7] = False
+    rewards = torch.zeros(5, 12, dtype=torch.float64)
+    rewards[2, 1], rewards[2, 7], rewards[4, 2] = math.nan, 1, 1
+    advantages = compute(rewards, alive, 4)
+    assert (advantages[:, :4] == 0).all() and (advantages[:, 8:] == 0).all()
+    truth = np.array([-1, -1, -1, 3]) / math.sqrt(3) / np.array([5, 5, 5, 3])
+    ratio = advantages[0, 4:8, 0].numpy() / truth
+    assert np.allclose(ratio, ratio[0], rtol=1e-5) and ratio[0] > 0
+
+
 def everyone(f):
     return lambda r: f(r.flatten()).expand(len(r), 1)
 
 
 INTERLEAVED = grpo(group=lambda r, size: r.view(size, -1).T, ungroup=lambda a: a.T.flatten())
-BY_ROUNDING = lambda r: slice(0)  # noqa: E731
+BY_ROUNDING = lambda r: torch.zeros(len(r), dtype=torch.bool)  # noqa: E731
 ADVANTAGES = {
     check_definition: {
         "mean of all": grpo(centre=everyone(torch.mean)),
@@ -116,6 +131,7 @@ ADVANTAGES = {
         "no epsilon": grpo(add=lambda spread: spread, all_equal=BY_ROUNDING),
         "what rounding leaves": grpo(all_equal=BY_ROUNDING),
     },
+    check_lost: {"it failed": lambda rewards, *given: grpo()(rewards.nan_to_num(), *given)},
     check_invariance: {
         "mean of all": grpo(centre=everyone(torch.mean)), "no mean": grpo(centre=lambda r: 0),
         "interleaved": INTERLEAVED,
@@ -202,7 +218,8 @@ def check_gradient(agent, batch, found, **formula):
     for kl_coef, (step, metrics) in zip((0.0, 2.0), found):
         policy_loss, kl = losses(agent, batch, **formula)
         assert metrics["losses/policy_loss"] == pytest.approx(policy_loss.item(), abs=1e-9)
-        assert metrics["losses/reference_kl"] == pytest.approx(kl.item(), rel=1e-9) and kl > 1e-3
+        known = kl.item() if kl_coef else 0  # else nobody asks the reference
+        assert metrics["losses/reference_kl"] == pytest.approx(known, rel=1e-9) and kl > 1e-3
         parts = torch.autograd.grad(policy_loss + kl_coef * kl, agent.policy.actor_parameters())
         truth = torch.cat([part.flatten() for part in parts])
         assert torch.allclose(step, truth, rtol=1e-6, atol=1e-9 * truth.abs().max().item())
@@ -230,15 +247,15 @@ def test_gradient(double):  # noqa: F811
 
 
 def test_without_reference():
-    """No divergence, and its weight does not matter; as little at the start, when both are the same."""
+    """No divergence; and none at the start, when both are the same."""
     agent = make_agent()
     batch, steps = rollout(agent), []
-    for start, kl_coef in ((None, 0.0), (None, 5.0), (0.0, 5.0)):
+    for start, kl_coef in ((None, 0.0), (0.0, 5.0)):
         trained = make_agent(start)
         metrics = run_update(trained, batch, kl_coef=kl_coef)
         assert metrics["losses/reference_kl"] == 0
         steps.append(vector(trained))
-    assert torch.equal(*steps[:2]) and torch.equal(*steps[1:]) and not torch.equal(steps[0], vector(agent))
+    assert torch.equal(*steps) and not torch.equal(steps[0], vector(agent))
 
 
 def test_no_signal():
@@ -334,7 +351,7 @@ def test_run(tmp_path, checkpoint, monkeypatch):
     for row, (agent, batch) in zip(rows, updates):
         assert row["charts/groups_all_solved"] == row["charts/groups_none_solved"] == 1
         assert row["charts/success_once"] == pytest.approx(4 / 9) and all(map(math.isfinite, row.values()))
-        assert row["flow/grad_norm"] > 0 == row["losses/reference_kl"] and agent.reference is None
+        assert row["flow/grad_norm"] > 0 == row["losses/reference_kl"] and not hasattr(agent, "reference")
         chunks = [8 if n in (6, 8) else 2 if n == 7 else 0 for n in range(9)]
         assert batch.alive.sum(dim=0).tolist() == chunks
         sums = (batch.advantages[..., 0] * batch.alive).sum(dim=0) / (

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("metaworld", reason="MetaWorld is not installed: make install")
 from conftest import Silent
 from metaworld import env_dict
+from PIL import Image
 
 import flow_sde_ppo
 import flow_sft
@@ -274,10 +275,19 @@ def test_sft_then_rl(tmp_path, monkeypatch):
         num_minibatches=2,
         total_timesteps=100,
         run_dir=str(tmp_path / "runs"),
+        capture_video=True,
     )
-    monkeypatch.setattr(flow_sde_ppo, "evaluate", lambda *_, **__: {"success": np.zeros(2)})
+
+    def short(agent, envs, record, **_):
+        envs.reset(options={"eval_states": np.arange(4)})
+        envs.record = record
+        return {"success": np.zeros(2), "frames": envs.step_chunk(np.zeros((4, 2, 4)))[4]["frames"]}
+
+    monkeypatch.setattr(flow_sde_ppo, "evaluate", short)
     flow_sde_ppo.main(flow_sde_ppo.Args(**sizes, num_steps=6))
     (checkpoint,) = (tmp_path / "runs").glob("*/checkpoint")
+    films = [Image.open(path).size for path in checkpoint.parent.glob("eval_*.gif")]
+    assert films == [(4 * 256, 256 + 23)] * 2  # before and after: four episodes, a line of text
     monkeypatch.undo()
     evaluate.main(
         evaluate.Args(

@@ -2,10 +2,13 @@
 
 import contextlib
 import csv
+import json
 import os
+import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -103,9 +106,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, checkpoint, script, fl
     assert_same(whole, result(tmp_path / "parts"))
 
 
-def popen(words, log, launcher):
-    words = [*launcher, *words]
-    return subprocess.Popen(words, cwd=ROOT, env=ALONE, stdout=open(log, "w"), stderr=subprocess.STDOUT)
+def popen(words, log, launcher, **more):
+    words, env = [*launcher, *words], ALONE | more
+    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT)
 
 
 def wait_for(job, pattern, folder, log):
@@ -283,3 +286,81 @@ def test_gradients_that_are_not_finite(parts, monkeypatch, capsys):
     assert stop.value.code == 1
     why = "the gradient was not finite in three optimiser steps in a row"
     assert told.startswith(f"error: {why}: value_head."), repr(told)
+
+
+# --- Weights & Biases, where it is installed ---
+
+
+def wandb_records(file):
+    """What a .wandb file holds: messages in blocks of 32 KiB, in pieces (kind 1: whole, 4: the last)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, record = file.read_bytes(), 7, b""  # after ":W&B", a number and a version
+    while place < len(content):
+        left = 32768 - place % 32768
+        if left < 7:  # no head fits in
+            place += left
+            continue
+        _, size, kind = struct.unpack("<IHB", content[place : place + 7])
+        record += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):
+            yield Record.FromString(record)
+            record = b""
+
+
+@pytest.mark.slow
+def test_track(tmp_path, checkpoint):
+    """Every number of metrics.csv arrives; a resumed run is the same run and goes on where it was."""
+    pytest.importorskip("wandb")
+    env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_PROJECT": "mine", "WANDB_ENTITY": "we"}
+    words = ["flow_sde_ppo.py", *command("flow_sde_ppo", checkpoint, tmp_path / "runs"), "--track"]
+    words += ["--exp-name", "one, or two; it's #1"]  # characters that an id may not have
+    job = popen(words, tmp_path / "log", LAUNCHERS[1], **env)
+    wait_for(job, "*/resume/0000002.rank0of1.safetensors", tmp_path / "runs", tmp_path / "log")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=120) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+    (folder,) = (tmp_path / "runs").iterdir()
+    words = ["flow_sde_ppo.py", "--resume", str(folder), "--total-timesteps", "700"]
+    job = popen(words, tmp_path / "log", LAUNCHERS[1], **env)
+    assert job.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    parts = [list(wandb_records(file)) for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))]
+    runs = [record.run for part in parts for record in part if record.WhichOneof("record_type") == "run"]
+    assert len(parts) == 2 and {(r.run_id, r.project, r.entity) for r in runs} == {
+        (re.sub("[,;'#]", "-", folder.name), "mine", "we")
+    }
+    arrived = {}
+    for record in sum(parts, []):
+        if record.WhichOneof("record_type") == "history":
+            told = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            assert record.history.step.num not in arrived
+            arrived[record.history.step.num] = {name: json.loads(value) for name, value in told.items()}
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(arrived) == [int(row["global_step"]) for row in rows] and len(rows) > 4
+    for row, told in zip(rows, arrived.values()):
+        names = row.keys() - {"iteration", "global_step"}
+        assert {name: float(told[name]) for name in names} == pytest.approx(
+            {name: float(row[name]) for name in names}, nan_ok=True
+        )
+
+
+@pytest.mark.slow
+def test_track_without_a_key(tmp_path, checkpoint):
+    """One line, and no folder of a run."""
+    pytest.importorskip("wandb")
+    env = {"WANDB_DIR": str(tmp_path), "HOME": str(tmp_path / "nobody"), "NETRC": str(tmp_path / "none")}
+    words = ["flow_sde_ppo.py", *command("flow_sde_ppo", checkpoint, tmp_path / "runs"), "--track"]
+    job = popen(words, tmp_path / "log", LAUNCHERS[1], **env)
+    assert job.wait(timeout=120) == 2
+    *_, last = (tmp_path / "log").read_text().splitlines()
+    assert last.startswith("error: --track: No API key") and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("script", [flow_sde_ppo, flow_noise_ppo, flow_sde_grpo])
+def test_track_without_wandb(tmp_path, checkpoint, script, monkeypatch, one_line_error):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    words = [*command(script.__name__, checkpoint, tmp_path / "runs"), "--track"]
+    message = one_line_error(run, script, words)
+    assert message == "error: --track needs Weights & Biases: pip install wandb\n"
+    assert not (tmp_path / "runs").exists()

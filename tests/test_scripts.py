@@ -479,6 +479,7 @@ def test_budgets():
         "flow_sft.py": 350,
         "evaluate.py": 350,
         "reports.py": 250,
+        "cards.py": 150,
         "flags.py": 240,
         "ranks.py": 100,
         "runs.py": 300,
