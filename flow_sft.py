@@ -11,7 +11,8 @@ pre-training, in two parts:
    small heads read where the instruction's source and destination are, from nothing but what the action
    expert will see of the VLM, and where every object is, from the picture's tokens. This uses the
    simulator's privileged positions, no action, no reward, and the heads are thrown away. It can get stuck,
-   and RL on a blind VLM goes nowhere: weights are only saved if nine of ten targets are found within 0.06.
+   and RL on a blind VLM goes nowhere: weights are only saved if nine of ten targets are found within 0.08,
+   half the gripper's reach.
 2. The action expert learns how the gripper moves, from sloppy play: the scripted expert aiming beside its
    targets and trying again, failed episodes included. What pi0 had from large robot data.
 
@@ -224,7 +225,7 @@ def pretrain(args):
     errors = pretrain_vlm(policy, envs, args, np.random.default_rng(args.seed))
     p90, within = errors.quantile(0.9).item(), (errors < 0.1).all(dim=1).float().mean().item()
     found = f"median error {errors.median():.3f}, p90 {p90:.3f}, both targets within 0.1 in {within:.1%}"
-    if p90 >= 0.06:
+    if p90 >= 0.08:
         fail(f"the VLM is stuck ({found}); nothing saved, try another --seed or more --vlm-steps")
     for module in policy.vlm_modules:
         module.requires_grad_(False)

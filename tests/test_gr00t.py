@@ -30,6 +30,7 @@ import flow_noise_ppo
 import flow_sde_grpo
 import flow_sde_ppo
 import gr00t_models
+from envs import make_envs
 from gr00t_models import TINY, Block, GrootConfig, Policy, Prefix
 from layouts import parameters_on_meta
 from pi_models import CHECKPOINTS, LoRALinear, load_policy, save_policy
@@ -466,7 +467,7 @@ def make_gr00t(critic="", seed=0, **sizes):
     stats = {"state": {"min": [-1.0, -2.0, -1.5, 0.0], "max": [1.0, 0.5, 2.0, 1.0]}}
     stats["actions"] = {"min": [-0.8, -1.0, -0.5], "max": [1.0, 0.7, 1.0]}
     policy = Policy(dataclasses.replace(TINY, **sizes), stats)
-    policy.tokenizer_json = (CHECKPOINTS / "tiny/tokenizer.json").read_text()
+    policy.tokenizer_json = (CHECKPOINTS / "tiny-gr00t/tokenizer.json").read_text()
     if critic:
         for parameter in policy.value_head.parameters():
             nn.init.normal_(parameter, std=0.2)
@@ -1095,6 +1096,37 @@ def test_damaged(tmp_path, damage, one_line_error):
     assert str(tmp_path) in message and all(part in message for part in says), message
 
 
+@pytest.mark.parametrize("name", ["tiny-gr00t", "tabletop-sft-gr00t"])
+def test_shipped(tmp_path, name):
+    """The config that training begins with, few megabytes, and every number as it was once saved again."""
+    policy = load_policy(CHECKPOINTS / name)
+    assert type(policy) is Policy and policy.config == TINY == load_policy("tiny-gr00t").config
+    assert sum(file.stat().st_size for file in (CHECKPOINTS / name).rglob("*") if file.is_file()) < 4e6
+    save_policy(policy, tmp_path / "again")
+    again = load_policy(tmp_path / "again")
+    assert again.config == policy.config and again.tokenizer_json == policy.tokenizer_json
+    assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values()))
+    obs = observe(3)
+    noise, tau = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)), torch.full((3,), 0.25)
+    with torch.no_grad():
+        seen = [(p, p.encode(p.preprocess(obs))) for p in (policy, again)]
+        ours, theirs = (p.postprocess(p.velocity(prefix, noise, tau)[0], obs) for p, prefix in seen)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("script", THREE)
+def test_shipped_trains(tmp_path, script):
+    """An iteration of every algorithm: the action head changes, and the VLM does not."""
+    start = str(CHECKPOINTS / "tabletop-sft-gr00t")
+    changed = dict(env_id="tabletop", num_envs=24, total_timesteps=1, eval_freq=-1, save_model=True)
+    changed |= {} if script is flow_sde_grpo else dict(critic_warmup=0)
+    _, run, rows = train(tmp_path, start, script, **changed)
+    assert len(rows) == 1 and float(rows[0]["flow/grad_norm"]) > 0
+    before, after = (load_policy(folder).state_dict() for folder in (start, run / "checkpoint"))
+    same = {key.split(".")[0] for key in before if before[key].equal(after[key])}
+    assert same == {"vision_tower", "multi_modal_projector", "language_model"}
+
+
 def test_copies_share_the_other_robots():
     """GRPO's reference: 31 of 32 robots are in memory once, and what learns is not shared."""
     with tempfile.TemporaryDirectory() as folder:
@@ -1104,6 +1136,17 @@ def test_copies_share_the_other_robots():
     assert all(p is not q for p, q in zip(policy.actor_parameters(), other.actor_parameters()))
     name = "action_head.action_decoder.layer2.W"
     assert torch.equal(other.files()[ONE][name], policy.files()[ONE][name])
+
+
+@pytest.mark.parametrize("name, low, high", [("tiny-gr00t", 0.08, 0.22), ("tabletop-sft-gr00t", 0.3, 0.44)])
+def test_shipped_success(name, low, high):
+    """All evaluation states by the ODE: inside of an interval about what docs/gr00t.md tells."""
+    envs = make_envs("tabletop", 500, 0, partial_reset=False)
+    policy = load_policy(CHECKPOINTS / name)
+    policy.fit_prompts(envs.prompts)
+    agent = flow_sde_ppo.Agent(policy, flow_sde_ppo.Args())
+    success = flow_sde_ppo.evaluate(agent, envs)["success"].mean()
+    assert low < success < high, success
 
 
 def test_full_size():

@@ -387,7 +387,7 @@ def test_paper_rows():
         assert flow_sde_ppo.defaults(env_id, "pi0").checkpoint == ""
 
 
-@pytest.mark.parametrize("name", TINY_POLICIES[:1])
+@pytest.mark.parametrize("name", TINY_POLICIES)
 def test_pretrain(tmp_path, monkeypatch, name):
     """Stage 0 from end to end, in a few steps: where it is not blind it writes a policy, else nothing."""
     monkeypatch.setattr(flow_sft, "tqdm", lambda steps, **_: Silent(steps))
