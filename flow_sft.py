@@ -8,15 +8,18 @@ initial states drawn with --seed; the fixed evaluation states come from another 
 Stage 0 (--pretrain) makes the policy that SFT starts from, checkpoints/tiny. It stands in for pi0's own
 pre-training, in two parts:
 1. The VLM learns to connect words with places in a picture, as PaliGemma did from the web. On random scenes
-   small heads read where the instruction's source and destination are, from nothing but the cached values
-   that the action expert will see, and where every object is, from the picture's tokens. This uses the
+   small heads read where the instruction's source and destination are, from nothing but what the action
+   expert will see of the VLM, and where every object is, from the picture's tokens. This uses the
    simulator's privileged positions, no action, no reward, and the heads are thrown away. It can get stuck,
-   and RL on a blind VLM goes nowhere: weights are only saved if nine of ten targets are found within 0.06.
+   and RL on a blind VLM goes nowhere: weights are only saved if nine of ten targets are found within 0.08,
+   half the gripper's reach.
 2. The action expert learns how the gripper moves, from sloppy play: the scripted expert aiming beside its
    targets and trying again, failed episodes included. What pi0 had from large robot data.
 
     python flow_sft.py                 # SFT: checkpoints/tiny -> checkpoints/tabletop-sft, under a minute
     python flow_sft.py --pretrain      # stage 0: checkpoints/tiny, about 20 minutes
+
+Both for the other model family, GR00T N1.5, with --checkpoint tiny-gr00t (and --vision tiny in stage 0).
 """
 
 import re
@@ -32,7 +35,7 @@ from tqdm import tqdm
 from envs import find_simulator, make_envs, select_rows
 from flags import check_effects, check_ranges, fail, read
 from layouts import check_output
-from pi_models import TINY, Policy, load_policy, save_policy
+from pi_models import TINY_POLICIES, load_policy, new_policy, save_policy
 from simulators.metaworld import METAWORLD
 
 
@@ -43,13 +46,13 @@ class Args:
     env_id: str = "tabletop"
     """where the scripted expert demonstrates"""
     checkpoint: str = "tiny"
-    """policy to start from: a folder, or "tiny", the pre-trained one"""
+    """policy to start from: a folder, "tiny" or "tiny-gr00t"; with --pretrain, which of these two to make"""
     obs_mode: Literal["rgb", "state"] = "rgb"
     """state: without pictures, the state is all that the simulator tells"""
     num_envs: int = 64
     """parallel environments that demonstrate"""
     output: str = ""
-    """folder to write; default checkpoints/{env_id}-sft, with --pretrain checkpoints/tiny"""
+    """folder to write; default checkpoints/{env_id}-sft (-gr00t), with --pretrain the checkpoint's own"""
     num_demos: int = 5
     """demonstrations per task"""
     total_steps: int = 300
@@ -64,6 +67,8 @@ class Args:
     """cpu or cuda"""
     pretrain: bool = False
     """run stage 0 instead: the tiny VLM, then the action expert"""
+    vision: Literal["", "tiny", "tiny-gr00t"] = ""
+    """stage 0: the policy whose vision tower to take, as it is; else it learns from nothing"""
     vlm_steps: int = 3000
     """stage 0: optimiser steps of the VLM"""
     play_steps: int = 2000
@@ -137,33 +142,36 @@ def finetune(policy, obs, actions, steps, learning_rate, batch_size, generator):
 
 def pretrain_vlm(policy, envs, args, rng):
     """Stage 0, part 1. Returns how far the last guesses were from source and destination (M, 2)."""
-    c = policy.config
-
-    widths = [c.head_dim] * (c.depth - 1) + [c.width]  # values of layers 1, 2, ... and what V_vlm reads
 
     def head(width, out):
         return nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, out))
 
+    def read(obs):
+        """What the action expert sees, the deepest last, and what V_vlm reads: (B, width) each."""
+        inputs = policy.preprocess(obs)
+        prefix = policy.encode(inputs, pool=True)
+        return [*prefix.read, prefix.pooled], policy.embed_images(inputs["images"]).mean(dim=1)
+
+    obs, _ = envs.reset()
+    widths = [x.shape[1] for x in read(obs)[0]]
     goal_heads = nn.ModuleList(head(width, 4) for width in widths)  # source and destination (x, y)
-    scene_head = head(c.width, 14)  # seven objects (x, y)
-    modules = [*policy.vlm_modules, goal_heads, scene_head]
+    scene_head = head(policy.config.width, 14)  # seven objects (x, y)
+    learns = [part for part in policy.vlm_modules if not (args.vision and part is policy.vision_tower)]
+    modules = [*learns, goal_heads, scene_head]
     parameters = [p.requires_grad_() for module in modules for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.pretrain_learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.pretrain_learning_rate, args.vlm_steps)
     progress, errors = tqdm(range(args.vlm_steps), desc="VLM", mininterval=1), []
     for step in progress:
-        if step % 3 == 0:
-            obs, _ = envs.reset()
-        else:  # scenes as they look in the middle of an episode: the scripted expert with a heavy tremor
+        if step % 3:  # scenes as they look in the middle of an episode: the expert with a heavy tremor
             noise = rng.normal(0, 0.5, (envs.num_envs, rng.integers(2, 9), 3))
             obs, *_ = envs.step_chunk(envs.expert_action()[:, None] + noise)
-        inputs = policy.preprocess(obs)
-        prefix = policy.encode(inputs, pool=True)
-        weight = prefix.mask[:, None, :, None] / prefix.mask.sum(1)[:, None, None, None]  # over real tokens
-        read = [*(prefix.kv[:, 1:, 1] * weight).sum(2).unbind(1), prefix.pooled]
-        guesses = torch.stack([head(x) for head, x in zip(goal_heads, read)], dim=1)  # (B, depth, 4)
+        elif step:
+            obs, _ = envs.reset()
+        known, patches = read(obs)
+        guesses = torch.stack([head(x) for head, x in zip(goal_heads, known)], dim=1)  # (B, heads, 4)
         goals = torch.from_numpy(envs.targets()).to(policy.device)[:, None].expand_as(guesses)
-        seen = scene_head(policy.embed_images(inputs["images"]).mean(dim=1))  # (B, 14)
+        seen = scene_head(patches)  # (B, 14)
         scene = torch.from_numpy(envs.places().astype(np.float32)).to(policy.device).flatten(1)
         loss = F.smooth_l1_loss(guesses, goals, beta=0.05) + F.smooth_l1_loss(seen, scene, beta=0.05)
         optimizer.zero_grad()
@@ -171,7 +179,7 @@ def pretrain_vlm(policy, envs, args, rng):
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        deepest = (guesses - goals)[:, -2].detach()  # what the expert's last layer sees
+        deepest = (guesses - goals)[:, -2].detach()  # of what the expert sees
         errors = [*errors[-19:], deepest.unflatten(1, (2, 2)).norm(dim=2)]
         if step % 50 == 49:
             progress.set_postfix_str(f"median error {torch.cat(errors).median():.3f}")
@@ -179,10 +187,14 @@ def pretrain_vlm(policy, envs, args, rng):
 
 
 def action_statistics(obs, actions):
-    """Mean and std of the states and of the executed actions, those that a chunk begins with."""
-    columns = {"state": obs["state"], "actions": actions[:, 0]}
-    columns = {key: (x.mean(0), x.std(0).clip(0.1)) for key, x in columns.items()}  # few may hardly move
-    return {key: {"mean": mean.tolist(), "std": std.tolist()} for key, (mean, std) in columns.items()}
+    """Of the states and of the executed actions, those that a chunk begins with."""
+
+    def statistics(x):
+        std = x.std(0).clip(0.1)  # few may hardly move
+        found = {"mean": x.mean(0), "std": std, "min": x.min(0), "max": x.max(0)}
+        return {name: numbers.tolist() for name, numbers in found.items()}
+
+    return {"state": statistics(obs["state"]), "actions": statistics(actions[:, 0])}
 
 
 def word_tokenizer(sentences):
@@ -203,15 +215,17 @@ def word_tokenizer(sentences):
 def pretrain(args):
     """Stage 0: a policy from random weights, the VLM first, then the action expert on top of it."""
     envs = make_envs(args.env_id, args.batch_size, args.seed)
-    unit = {key: {"mean": [0.0] * n, "std": [1.0] * n} for key, n in (("state", 4), ("actions", 3))}
-    policy = Policy(TINY, unit).to(args.device)
+    policy = new_policy(args.checkpoint).to(args.device)
+    policy.fit_robot(*(envs.single_observation_space["state"].shape + envs.single_action_space.shape))
     others = [task["instruction"] for task in METAWORLD.values()]
     policy.tokenizer_json = word_tokenizer(envs.prompts + others)
     policy.fit_prompts(envs.prompts)
+    if args.vision:  # SigLIP in both families
+        policy.vision_tower.load_state_dict(load_policy(args.vision).vision_tower.state_dict())
     errors = pretrain_vlm(policy, envs, args, np.random.default_rng(args.seed))
     p90, within = errors.quantile(0.9).item(), (errors < 0.1).all(dim=1).float().mean().item()
     found = f"median error {errors.median():.3f}, p90 {p90:.3f}, both targets within 0.1 in {within:.1%}"
-    if p90 >= 0.06:
+    if p90 >= 0.08:
         fail(f"the VLM is stuck ({found}); nothing saved, try another --seed or more --vlm-steps")
     for module in policy.vlm_modules:
         module.requires_grad_(False)
@@ -223,7 +237,10 @@ def pretrain(args):
     obs, actions = select_rows(play[0], rows), play[1][rows]
     policy.stats = action_statistics(obs, actions)
     finetune(policy, obs, actions, args.play_steps, args.pretrain_learning_rate, args.batch_size, generator)
-    card = TINY_CARD.format(args=args, found=found, pairs=len(rows))
+    millions = sum(p.numel() for p in policy.parameters()) / 1e6
+    sizes = {"args": args, "c": policy.config, "millions": millions, "pairs": len(rows)}
+    sizes["vision"] = f" SigLIP is that of `{args.vision}`." if args.vision else ""
+    card = TINY_CARD.format(found=found, **sizes)
     save_policy(policy, args.output, card)
 
 
@@ -231,13 +248,15 @@ def check(args):
     """The user's mistakes, before anything is built or trained."""
     check_ranges(args)
     check_effects(args, Args())
+    choices = " or ".join(TINY_POLICIES)
     changed = {name for name, value in vars(args).items() if value != getattr(Args, name)}
-    stage_0 = {"vlm_steps", "play_steps", "play_episodes", "sloppiness", "pretrain_learning_rate"}
-    stage_1 = {"checkpoint", "num_envs", "num_demos", "total_steps", "learning_rate"}
+    stage_0 = {"vision", "vlm_steps", "play_steps", "play_episodes", "sloppiness", "pretrain_learning_rate"}
+    stage_1 = {"num_envs", "num_demos", "total_steps", "learning_rate"}
     for name in sorted(changed & (stage_1 if args.pretrain else stage_0)):
         fail(f"--{name.replace('_', '-')} has no effect {'with' if args.pretrain else 'without'} --pretrain")
     for wrong, message in [
         (args.pretrain and not args.env_id.startswith("tabletop"), "--pretrain is for the tabletop only"),
+        (args.pretrain and args.checkpoint not in TINY_POLICIES, f"--pretrain makes {choices} only"),
         (not hasattr(find_simulator(args.env_id), "expert_action"), f"{args.env_id} has no scripted expert"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:
@@ -247,8 +266,9 @@ def check(args):
 
 
 def main(args):
-    usual = "checkpoints/tiny" if args.pretrain else f"checkpoints/{args.env_id}-sft"
-    args = replace(args, output=args.output or usual)
+    family = args.checkpoint.removeprefix("tiny") if args.checkpoint in TINY_POLICIES else ""
+    usual = args.checkpoint if args.pretrain else f"{args.env_id}-sft{family}"
+    args = replace(args, output=args.output or f"checkpoints/{usual}")
     check(args)
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
@@ -256,7 +276,7 @@ def main(args):
         return pretrain(args)
     envs = make_envs(args.env_id, args.num_envs, args.seed, partial_reset=False, obs_mode=args.obs_mode)
     policy = load_policy(args.checkpoint, args.device)
-    fits = args.checkpoint == "tiny" and args.env_id.split("_")[0] != "tabletop"  # is made to
+    fits = args.checkpoint in TINY_POLICIES and args.env_id.split("_")[0] != "tabletop"  # is made to
     if not fits:
         policy.check_robot(*(envs.single_observation_space["state"].shape + envs.single_action_space.shape))
     obs, actions = collect_demonstrations(envs, args.num_demos, policy.config.horizon)
@@ -270,31 +290,32 @@ def main(args):
     save_policy(policy, args.output, card)
 
 
-TINY_CARD = """# tiny pi0, pre-trained
+TINY_CARD = """# {args.checkpoint}, pre-trained
 
-The tabletop's pi0 at laptop size, `load_policy("tiny")`: SigLIP (4 layers, width 96, 16 patches of a 32 x 32
-picture), Gemma (4 layers, width 64, word tokens), action expert (4 layers, width 64); 0.72 M parameters.
+The tabletop's {c.variant} at laptop size, `load_policy("{args.checkpoint}")`: {millions:.2f} M parameters.
+SigLIP ({c.vision_depth} layers, width {c.vision_width}, pictures of {c.image_size} x {c.image_size}),
+a language model ({c.depth} layers, width {c.width}, word tokens), an action expert of width {c.expert_width}.
 
-Made by `python flow_sft.py --pretrain`, seed {args.seed}:
+Made by `python flow_sft.py --pretrain --checkpoint {args.checkpoint}`, seed {args.seed}:
 
 1. VLM: {args.vlm_steps} steps of {args.batch_size} random scenes, AdamW, one-cycle
    {args.pretrain_learning_rate}. Regression of where the instruction's source and destination are, with the
-   simulator's privileged positions, no actions, no rewards; it stands in for PaliGemma's pre-training. On its
-   last 20 batches, not seen before: {found}. The table is 2 wide.
+   simulator's privileged positions, no actions, no rewards; it stands in for pre-training on the web.
+   On its last 20 batches, not seen before: {found}. The table is 2 wide.{vision}
 2. Action expert: {args.play_steps} flow-matching steps of {args.batch_size} on {pairs} pairs (observation,
    action chunk) of {args.play_episodes} episodes a task of sloppy play: the scripted expert aiming beside its
-   targets (normal error, standard deviation {args.sloppiness}) and trying again. It stands in for pi0's robot
-   data.
+   targets (normal error, standard deviation {args.sloppiness}) and trying again. It stands in for large
+   robot data.
 """
 
-SFT_CARD = """# tiny pi0 after few-shot SFT on {args.env_id}
+SFT_CARD = """# {args.checkpoint} after few-shot SFT on {args.env_id}
 
-Made by `python flow_sft.py` from `{args.checkpoint}`, VLM frozen: {args.num_demos} demonstrations per task
-of the scripted expert, {pairs} (observation, action chunk) pairs, initial states drawn with seed
+Made by `python flow_sft.py --checkpoint {args.checkpoint}`, VLM frozen: {args.num_demos} demonstrations per
+task of the scripted expert, {pairs} (observation, action chunk) pairs, initial states drawn with seed
 {args.seed}, none of them an evaluation state. {args.total_steps} steps of {args.batch_size}, AdamW, one-cycle
 {args.learning_rate}; last loss {loss:.3f}.
 
-Evaluate it with `python evaluate.py --checkpoints checkpoints/{args.env_id}-sft`.
+Evaluate it with `python evaluate.py --checkpoints {args.output}`.
 """
 
 

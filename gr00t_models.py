@@ -68,7 +68,7 @@ class GrootConfig:
     crop: float = 0.95  # of a picture's sides; the middle is what the network sees
     mean_std_actions: int = 0  # so many are scaled by mean, std and not min, max: 6 in NVIDIA's LIBERO-Goal
     unmasked_padding: int = 0  # RLinf pads to 570 tokens and lets the head see them; 0: nobody sees padding
-    tokenizer: str = "qwen3"  # or "bytes": one token a byte, nothing to download
+    tokenizer: str = "qwen3"  # or "words": the small one of checkpoints/tiny-gr00t
     image_token: int = 151669  # where a patch goes; the next two begin and end a picture
     critic: str = ""  # "expert", "vlm", or none yet
     critic_layers: int = 4
@@ -78,12 +78,13 @@ class GrootConfig:
     lora_alpha: int = 0
 
 
-# The laptop's GR00T: the same classes, small numbers. A picture is 16 patches and a byte is a token.
+# The laptop's GR00T: the same classes, small numbers. A picture is 16 patches and a word is a token.
 TINY = GrootConfig(
     image_size=32, patch_size=8, vision_width=96, vision_mlp=192, vision_depth=4, vision_heads=4,
-    width=64, mlp=128, depth=4, heads=4, kv_heads=2, head_dim=32, vocab_size=259, context_depth=1,
+    width=64, mlp=128, depth=4, heads=4, kv_heads=2, head_dim=32, vocab_size=232, context_depth=1,
     context_heads=4, dit_width=64, dit_depth=4, dit_heads=4, expert_width=64, future_tokens=4, positions=8,
-    robots=1, robot=0, action_dim=4, state_dim=4, horizon=5, crop=1.0, tokenizer="bytes", image_token=256,
+    robots=1, robot=0, action_dim=4, state_dim=4, horizon=5, crop=1.0, mean_std_actions=2, tokenizer="words",
+    image_token=229,
 )  # fmt: skip  # sizes in rows
 
 
@@ -102,6 +103,8 @@ class Prefix(NamedTuple):
         """(B, width): masked mean of the features, for V_vlm."""
         weight = self.mask[..., None] / self.mask.sum(1)[:, None, None]
         return (self.features * weight).sum(1)
+
+    read = property(lambda self: [self.pooled])  # the same of what the DiT sees
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -151,6 +154,13 @@ def waves(bucket, count, last):
     return bucket.double()[:, None] * 10000 ** (-i / last)
 
 
+class Uncopied(dict):
+    """What the copies of a policy share with it: nobody changes it, and it takes 1.3 GB."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class Policy(pi_models.Policy):
     """GR00T N1.5. The VLM is frozen unless `train` says otherwise, the action head learns; else like pi0."""
 
@@ -161,7 +171,7 @@ class Policy(pi_models.Policy):
         nn.Module.__init__(self)
         c = self.config = config
         self.stats = stats  # {"state" | "actions": {"min", "max": [real dimensions]}, "metadata": their file}
-        self.told, self.robots = {}, {}  # config.json and the layers of all robots, as they lie in the files
+        self.told, self.robots = {}, Uncopied()  # config.json, all robots' layers, as they lie in the files
         self.token_len = 0  # of words; pictures come on top
         self._tokens, self._context = {}, (None, 0, False, None)
         self.tokenizer_json = self._tokenizer = None  # Qwen3's, as text and ready for use
@@ -207,12 +217,12 @@ class Policy(pi_models.Policy):
         begin, end = self.config.image_token + 1, self.config.image_token + 2
         patches = (self.config.image_size // self.config.patch_size) ** 2
         picture = [begin, *[self.config.image_token] * patches, end]
-        if self.config.tokenizer == "bytes":
-            return [*picture * cameras, *prompt.encode(), *b"\n"]
 
         def words(text):
             return self.tokenizer().encode(text, add_special_tokens=False).ids
 
+        if self.config.tokenizer == "words":  # nothing else: its words are few
+            return [*picture * cameras, *words(prompt), *words("\n")]
         start, stop = 151644, 151645  # <|im_start|>, <|im_end|>
         pictures = (words(f"<image {i + 1}>") + picture for i in range(cameras))
         system = [start, *words("system\nYou are a helpful assistant."), stop, *words("\n")]
@@ -269,12 +279,6 @@ class Policy(pi_models.Policy):
     def _normalize(self, x, key):
         low, high = map(x.new_tensor, self._scale(key))
         return torch.where(high == low, 0, 2 * (x - low) / (high - low) - 1)  # not clipped
-
-    def normalize_actions(self, actions: np.ndarray) -> torch.Tensor:
-        """Simulator actions (B, H, D) -> the DiT's padded space (B, H, action_dim), the target of SFT."""
-        actions = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
-        padding = self.config.action_dim - actions.shape[-1]
-        return F.pad(self._normalize(actions, "actions"), (0, padding))
 
     def postprocess(self, x: torch.Tensor, obs: dict) -> np.ndarray:
         """Model actions (B, H, action_dim) -> simulator actions (B, H, env_action_dim), NumPy."""
@@ -352,7 +356,7 @@ class Policy(pi_models.Policy):
         c, self.told = self.config, told
         if not 0 <= c.robot < c.robots:
             raise ValueError(f"is of {c.robots} robots, counted from 0, and has no robot {c.robot}")
-        self.robots = {key: tensor for key, tensor in tensors.items() if OF_ROBOTS.match(key)}
+        self.robots = Uncopied((key, tensor) for key, tensor in tensors.items() if OF_ROBOTS.match(key))
         one = {key: tensor[c.robot].t() for key, tensor in self.robots.items()}  # theirs are (in, out)
         return tensors | {key: x.clone(memory_format=torch.contiguous_format) for key, x in one.items()}
 

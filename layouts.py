@@ -260,7 +260,7 @@ def check_config(c):
         (c.lora_alpha or not c.lora_rank, "lora_alpha", "above 0"),
     ]
     if c.variant == "gr00t":
-        tokenizers = "qwen3", "bytes"
+        tokenizers = "qwen3", "words"
         rules += [
             (c.horizon <= c.positions, "horizon", f"at most {c.positions}"),
             (c.heads % c.kv_heads == 0, "kv_heads", f"a divisor of {c.heads}"),

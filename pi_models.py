@@ -78,6 +78,8 @@ TINY = PiConfig(
     action_dim=4, state_dim=4, horizon=5, tokenizer="words",
 )  # fmt: skip  # sizes in rows
 
+TINY_POLICIES = "tiny", "tiny-gr00t"  # pre-trained for the tabletop, in checkpoints/
+
 
 class Prefix(NamedTuple):
     """What the expert and the critics need of an observation, computed once; rows can be indexed."""
@@ -89,6 +91,12 @@ class Prefix(NamedTuple):
 
     def __getitem__(self, rows):
         return Prefix(*(field[rows] for field in tuple(self)))
+
+    @property
+    def read(self):
+        """Masked means of what the expert sees, the values of layers 1, 2, ..., (B, head_dim) each."""
+        weight = self.mask[:, None, :, None] / self.mask.sum(1)[:, None, None, None]
+        return (self.kv[:, 1:, 1] * weight).sum(2).unbind(1)
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -416,7 +424,7 @@ class Policy(nn.Module):
 
     def normalize_actions(self, actions: np.ndarray) -> torch.Tensor:
         """Simulator actions (B, H, D) -> the expert's padded space (B, H, action_dim), the target of SFT."""
-        if self.config.delta_actions:
+        if getattr(self.config, "delta_actions", 0):
             fail("SFT of a policy with delta_actions is not supported")
         actions = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
         padding = self.config.action_dim - actions.shape[-1]
@@ -539,9 +547,17 @@ def read_config(tensors, told):
     return layouts.make_config(PiConfig, tensors, sizes, rest, told if "vision_heads" in told else {})
 
 
+def new_policy(name: str) -> Policy:
+    """One of TINY_POLICIES before its pre-training."""
+    import gr00t_models
+
+    family = {"tiny": sys.modules[__name__], "tiny-gr00t": gr00t_models}[name]
+    return family.Policy(family.TINY)
+
+
 def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
     """A folder of `save_policy`, openpi, lerobot, transformers or RLinf; a hub id; "tiny" or "tiny-gr00t"."""
-    folder = CHECKPOINTS / path_or_name if path_or_name in ("tiny", "tiny-gr00t") else Path(path_or_name)
+    folder = CHECKPOINTS / path_or_name if path_or_name in TINY_POLICIES else Path(path_or_name)
     folder = folder if str(path_or_name) and os.path.isdir(folder) else layouts.download(str(path_or_name))
     import gr00t_models  # which begins with what is above
 

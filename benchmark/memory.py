@@ -1,8 +1,9 @@
-"""Memory of RL on a full-size pi0 or pi0.5, part by part, computed: nothing is allocated, no GPU is needed.
+"""Memory of RL on a full-size pi0, pi0.5 or GR00T N1.5, part by part, computed: no GPU is needed.
 
-Parameters and the tensors that autograd keeps for the backward pass are counted on fake tensors, which have a
-shape and no data. The heads (5 MiB) are left out, and what a GPU needs besides: CUDA itself, the allocator's
-gaps, temporaries such as the VLM's own activations, of which inference keeps one layer's at a time.
+Nothing is allocated. Parameters and the tensors that autograd keeps for the backward pass are counted on fake
+tensors, which have a shape and no data. The heads (5 MiB) are left out, and what a GPU needs besides: CUDA
+itself, the allocator's gaps, temporaries such as the VLM's own activations, of which inference keeps one
+layer's at a time.
 
     python benchmark/memory.py                                   # seconds; prints a table in Markdown
     python benchmark/memory.py --chunks 1024 --micro-batch-size 64
@@ -18,7 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pi_models import PiConfig, Policy, Prefix
+import gr00t_models
+import pi_models
+from gr00t_models import GrootConfig
+from pi_models import PiConfig
 
 GIB = 2**30
 
@@ -26,7 +30,7 @@ GIB = 2**30
 @dataclass
 class Args:
     chunks: int = 512
-    """num_envs x num_steps, the observations whose keys and values are kept for the update"""
+    """num_envs x num_steps, the observations that are kept for the update, encoded"""
     micro_batch_size: int = 32
     """chunks per forward and backward pass"""
     denoise_steps: int = 4
@@ -60,20 +64,22 @@ def saved_for_backward(policy, prefix, x, tau):
 
 
 def measure(config, args):
+    groot = config.variant == "gr00t"
     with FakeTensorMode(), no_init_weights():
-        policy = Policy(config, {"actions": {"mean": [0.0] * 7, "q01": [0.0] * 7}})
+        policy = (gr00t_models if groot else pi_models).Policy(config)
         for module in policy.vlm_modules:
             half = {key: torch.empty_like(p, dtype=torch.bfloat16) for key, p in module.state_dict().items()}
             module.load_state_dict(half, assign=True)
         tokens = args.cameras * (config.image_size // config.patch_size) ** 2 + args.prompt_tokens
+        tokens += 19 + 7 * args.cameras if groot else 0  # of the chat, and around each picture
 
         def prefix(n):
-            return Prefix(
-                torch.empty(n, config.depth, 2, tokens, config.head_dim, dtype=torch.bfloat16),
-                torch.empty(n, tokens, dtype=torch.bool),
-                torch.empty(n, config.width),
-                torch.empty(n, config.state_dim),
-            )
+            mask, state = torch.empty(n, tokens, dtype=torch.bool), torch.empty(n, config.state_dim)
+            if groot:
+                features = torch.empty(n, tokens, config.width, dtype=torch.bfloat16)
+                return gr00t_models.Prefix(features, mask, state)
+            kv = torch.empty(n, config.depth, 2, tokens, config.head_dim, dtype=torch.bfloat16)
+            return pi_models.Prefix(kv, mask, torch.empty(n, config.width), state)
 
         def activations(steps):
             n = args.micro_batch_size * steps
@@ -88,7 +94,7 @@ def measure(config, args):
             "expert, fp32 masters": size(trained),
             "their gradients, fp32": size(trained),
             "their moments (AdamW), fp32": 2 * size(trained),
-            f"keys and values of {args.chunks} observations, bf16": size(prefix(args.chunks)),
+            f"keys and values, or features, of {args.chunks} observations, bf16": size(prefix(args.chunks)),
             f"activations, {once}, one step (Flow-SDE)": activations(1),
             f"activations, {once}, {often}": activations(args.denoise_steps),
         }, sum(p.numel() for p in policy.parameters())
@@ -96,7 +102,8 @@ def measure(config, args):
 
 def main(args):
     pi05 = PiConfig("pi05", horizon=10, max_token_len=200)
-    columns = {"pi0": measure(PiConfig(), args), "pi0.5": measure(pi05, args)}
+    configs = {"pi0": PiConfig(), "pi0.5": pi05, "GR00T N1.5": GrootConfig()}
+    columns = {name: measure(config, args) for name, config in configs.items()}
     print(f"| GiB | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     parts = [part for part, _ in columns.values()]
     for name in parts[0]:

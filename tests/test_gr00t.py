@@ -30,14 +30,14 @@ import flow_noise_ppo
 import flow_sde_grpo
 import flow_sde_ppo
 import gr00t_models
-import pi_models
+from envs import make_envs
 from gr00t_models import TINY, Block, GrootConfig, Policy, Prefix
 from layouts import parameters_on_meta
-from pi_models import LoRALinear, load_policy, save_policy
+from pi_models import CHECKPOINTS, LoRALinear, load_policy, save_policy
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = json.loads((GOLDEN / "groot_n15.json").read_text())
-UNSEEN = {"vision_heads": 3, "image_token": 90, "tokenizer": "bytes", "robot": 1}  # in weights of this size
+UNSEEN = {"vision_heads": 3, "image_token": 90, "tokenizer": "words", "robot": 1}  # in weights of this size
 TOLD = {  # what NVIDIA's config.json says and the tensors do not
     "model_type": "gr00t_n1_5",
     "action_head_cfg": {
@@ -462,10 +462,12 @@ def test_with_the_original_waves(monkeypatch):
 def make_gr00t(critic="", seed=0, **sizes):
     """An untrained GR00T; unlike that of a new critic, the last layer of its value head is not zero."""
     torch.manual_seed(seed)
-    sizes = dict(vision_depth=1, depth=2, dit_depth=2, critic=critic, critic_layers=2) | sizes
+    small = dict(vision_depth=1, depth=2, dit_depth=2, mean_std_actions=0, critic_layers=2)
+    sizes = small | {"critic": critic} | sizes
     stats = {"state": {"min": [-1.0, -2.0, -1.5, 0.0], "max": [1.0, 0.5, 2.0, 1.0]}}
     stats["actions"] = {"min": [-0.8, -1.0, -0.5], "max": [1.0, 0.7, 1.0]}
     policy = Policy(dataclasses.replace(TINY, **sizes), stats)
+    policy.tokenizer_json = (CHECKPOINTS / "tiny-gr00t/tokenizer.json").read_text()
     if critic:
         for parameter in policy.value_head.parameters():
             nn.init.normal_(parameter, std=0.2)
@@ -771,7 +773,7 @@ def test_missing_cameras():
     with torch.no_grad():
         prefix = policy.encode(inputs)
         assert both.mask.shape == prefix.mask.shape
-        text = [len(prompt.encode()) + 1 for prompt in obs["prompt"]]
+        text = [len(prompt.split()) + 1 for prompt in obs["prompt"]]  # and the newline
         assert prefix.mask.sum(dim=1).tolist() == [n + 18 * m for n, m in zip(text, (2, 1, 1, 0))]
         close(prefix.features[0], both.features[0], 1e-5)
         one = {key: obs[key][1:2] for key in ("images", "state", "prompt")}
@@ -792,11 +794,11 @@ def test_fit_prompts():
     before = policy.encode(policy.preprocess(short))
     policy.fit_prompts(sorted(set(obs["prompt"])))
     after, many = (policy.encode(policy.preprocess(o)) for o in (short, obs))
-    longest = max(len(prompt.encode()) for prompt in obs["prompt"])
+    longest = max(len(prompt.split()) for prompt in obs["prompt"])
     assert after.mask.shape[1] == many.mask.shape[1] == 18 + longest + 1
     x, tau = torch.randn(1, 5, 4), torch.rand(1)
     close(policy.velocity(before, x, tau)[0], policy.velocity(after, x, tau)[0], 2e-6)
-    longer = look(policy, obs["images"][:1], prompt="x" * 99)
+    longer = look(policy, obs["images"][:1], prompt="x " * 99)
     assert longer["token_mask"].sum() == 18 + 100
 
 
@@ -821,12 +823,17 @@ def test_prompt(one_line_error):
         make_gr00t(image_size=224, patch_size=14, tokenizer="qwen3", image_token=151669),
         SIZES["prompt_example"],
     )
+    policy.tokenizer_json = None
     message = one_line_error(policy.tokenize, "go")
     assert "tokenizer.json" in message and "Qwen/Qwen3" in message
     policy.tokenizer_json = qwen()
     truth = [token for token, count in example["ids"] for _ in range(count)]
     assert policy.tokenize(example["text"], 2) == truth and len(truth) == example["total"]
-    assert make_gr00t().tokenize("Go_up!", 2) == [257, *[256] * 16, 258] * 2 + [*b"Go_up!\n"]
+    policy = make_gr00t()
+    number = json.loads(policy.tokenizer_json)["model"]["vocab"]
+    words = [number[word] for word in ("put", "the", "red", "block", "!", "\n")]
+    assert policy.tokenize("Put the red block!", 2) == [230, *[229] * 16, 231] * 2 + words
+    assert max(number.values()) == 228  # then comes the picture
 
 
 def test_state_and_actions():
@@ -1089,15 +1096,57 @@ def test_damaged(tmp_path, damage, one_line_error):
     assert str(tmp_path) in message and all(part in message for part in says), message
 
 
-def test_tiny(tmp_path, monkeypatch):
-    """Small enough to be shipped, and found by its name among what is."""
-    policy = make_gr00t(vision_depth=TINY.vision_depth, depth=TINY.depth, dit_depth=TINY.dit_depth)
-    assert policy.config == dataclasses.replace(TINY, critic_layers=2)
-    save_policy(policy, tmp_path / "tiny-gr00t")
-    assert (tmp_path / "tiny-gr00t" / ONE).stat().st_size < 4e6
-    monkeypatch.setattr(pi_models, "CHECKPOINTS", tmp_path)
-    again = load_policy("tiny-gr00t")
-    assert again.config == policy.config and type(again) is Policy
+@pytest.mark.parametrize("name", ["tiny-gr00t", "tabletop-sft-gr00t"])
+def test_shipped(tmp_path, name):
+    """The config that training begins with, few megabytes, and every number as it was once saved again."""
+    policy = load_policy(CHECKPOINTS / name)
+    assert type(policy) is Policy and policy.config == TINY == load_policy("tiny-gr00t").config
+    assert sum(file.stat().st_size for file in (CHECKPOINTS / name).rglob("*") if file.is_file()) < 4e6
+    save_policy(policy, tmp_path / "again")
+    again = load_policy(tmp_path / "again")
+    assert again.config == policy.config and again.tokenizer_json == policy.tokenizer_json
+    assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values()))
+    obs = observe(3)
+    noise, tau = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)), torch.full((3,), 0.25)
+    with torch.no_grad():
+        seen = [(p, p.encode(p.preprocess(obs))) for p in (policy, again)]
+        ours, theirs = (p.postprocess(p.velocity(prefix, noise, tau)[0], obs) for p, prefix in seen)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("script", THREE)
+def test_shipped_trains(tmp_path, script):
+    """An iteration of every algorithm: the action head changes, and the VLM does not."""
+    start = str(CHECKPOINTS / "tabletop-sft-gr00t")
+    changed = dict(env_id="tabletop", num_envs=24, total_timesteps=1, eval_freq=-1, save_model=True)
+    changed |= {} if script is flow_sde_grpo else dict(critic_warmup=0)
+    _, run, rows = train(tmp_path, start, script, **changed)
+    assert len(rows) == 1 and float(rows[0]["flow/grad_norm"]) > 0
+    before, after = (load_policy(folder).state_dict() for folder in (start, run / "checkpoint"))
+    same = {key.split(".")[0] for key in before if before[key].equal(after[key])}
+    assert same == {"vision_tower", "multi_modal_projector", "language_model"}
+
+
+def test_copies_share_the_other_robots():
+    """GRPO's reference: 31 of 32 robots are in memory once, and what learns is not shared."""
+    with tempfile.TemporaryDirectory() as folder:
+        policy = load_policy(lay(Path(folder)))
+    other = copy.deepcopy(policy, {id(module): module for module in policy.vlm_modules})
+    assert other.robots is policy.robots and len(policy.robots) == 14
+    assert all(p is not q for p, q in zip(policy.actor_parameters(), other.actor_parameters()))
+    name = "action_head.action_decoder.layer2.W"
+    assert torch.equal(other.files()[ONE][name], policy.files()[ONE][name])
+
+
+@pytest.mark.parametrize("name, low, high", [("tiny-gr00t", 0.08, 0.22), ("tabletop-sft-gr00t", 0.3, 0.44)])
+def test_shipped_success(name, low, high):
+    """All evaluation states by the ODE: inside of an interval about what docs/gr00t.md tells."""
+    envs = make_envs("tabletop", 500, 0, partial_reset=False)
+    policy = load_policy(CHECKPOINTS / name)
+    policy.fit_prompts(envs.prompts)
+    agent = flow_sde_ppo.Agent(policy, flow_sde_ppo.Args())
+    success = flow_sde_ppo.evaluate(agent, envs)["success"].mean()
+    assert low < success < high, success
 
 
 def test_full_size():

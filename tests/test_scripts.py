@@ -23,7 +23,7 @@ import flow_sde_ppo
 import flow_sft
 from envs import make_envs
 from flags import as_command, check_ranges, parse, read
-from pi_models import load_policy, save_policy
+from pi_models import TINY_POLICIES, load_policy, save_policy
 from simulators.tabletop import Tabletop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -265,6 +265,7 @@ NOTHING = {  # flags that do nothing where they stand: (script, flags, what the 
     "steps of stage 0": (flow_sft, "--vlm-steps 5", "--vlm-steps has no effect without --pretrain"),
     "demonstrations of stage 1": (flow_sft, "--pretrain --num-demos 7", "--num-demos has no effect with"),
     "no expert": (flow_sft, "--env-id libero_goal", "libero_goal has no scripted expert"),
+    "another policy": (flow_sft, "--pretrain --checkpoint checkpoints/tiny", "makes tiny or tiny-gr00t only"),
     "elsewhere": (flow_sft, "--env-id metaworld_push --pretrain", "--pretrain is for the tabletop only"),
     "a file in the way": (flow_sft, "--output {tmp}/file", "file also has a file of this name"),
     "below a file": (flow_sft, "--output {tmp}/file/x", "cannot be written"),
@@ -365,6 +366,12 @@ def test_paper_rows():
     assert (spatial.learning_rate, spatial.update_epochs, spatial.critic) == (1e-5, 2, "expert")
     assert (spatial.noise_std_min, spatial.noise_std_max, spatial.denoise_steps) == (0.08, 0.16, 4)
     assert spatial.total_timesteps == 400 * 64 * 8 * 240
+    for suite in ("spatial", "object", "goal", "10"):  # Appendix C: pi0's, without further tuning
+        pi0, groot = (
+            dataclasses.asdict(flow_sde_ppo.defaults(f"libero_{suite}", m)) for m in ("pi0", "gr00t")
+        )
+        assert groot.pop("checkpoint") == f"RLinf/RLinf-Gr00t-SFT-{suite.capitalize()}"
+        assert pi0.pop("checkpoint") and groot == pi0 and groot["critic"] == "expert"
     carrot = flow_sde_grpo.defaults("maniskill_carrot", "pi0")
     assert (carrot.num_envs, carrot.num_envs * carrot.num_steps, carrot.learning_rate) == (256, 2560, 5.6e-6)
     cube = flow_sde_ppo.defaults("maniskill_cube", "pi0")
@@ -380,11 +387,13 @@ def test_paper_rows():
         assert flow_sde_ppo.defaults(env_id, "pi0").checkpoint == ""
 
 
-def test_pretrain(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", TINY_POLICIES)
+def test_pretrain(tmp_path, monkeypatch, name):
     """Stage 0 from end to end, in a few steps: where it is not blind it writes a policy, else nothing."""
     monkeypatch.setattr(flow_sft, "tqdm", lambda steps, **_: Silent(steps))
     few = dict(
         pretrain=True,
+        checkpoint=name,
         vlm_steps=3,
         play_steps=2,
         play_episodes=1,
@@ -397,7 +406,7 @@ def test_pretrain(tmp_path, monkeypatch):
     real = flow_sft.pretrain_vlm
     monkeypatch.setattr(flow_sft, "pretrain_vlm", lambda *args: real(*args) * 0)  # errors of 0
     flow_sft.main(flow_sft.Args(**few, output=str(tmp_path / "tiny")))
-    policy, shipped = load_policy(tmp_path / "tiny"), load_policy("tiny")
+    policy, shipped = load_policy(tmp_path / "tiny"), load_policy(name)
     assert policy.config == shipped.config and policy.value_head is None
     assert all(not p.equal(q) for p, q in zip(policy.parameters(), shipped.parameters()) if p.std() > 0)
 
