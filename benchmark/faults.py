@@ -219,6 +219,8 @@ BAD_TEXT = {  # of flags that take any text
     "checkpoints": ["", "nowhere", "x" * 300, "file", "empty"],
     "output": ["x" * 300, "file", "file/x", "full", "y/" * 3000],
     "json": ["no/such/folder.json", "x" * 300, "empty", "a\nb"],
+    "records": ["no/such/folder.jsonl", "x" * 300, "empty", "a\nb"],
+    "resume": ["nowhere", "file", "empty", "x" * 300, "a\nb"],
     "capture_video": ["a.mp4", "no/such/folder.gif", "x" * 300],
     "labels": ["a\nb"],
     "upload": ["mine", "a/b/c", "a b/c", "../x"],
