@@ -394,7 +394,7 @@ def test_spread_of_a_flow_that_stands_still(changed, kept, variance, few_states,
     """With velocity 0 the ODE ends at A^0, and the noisy step k at kept[k] of it, with its whole noise."""
     envs = make_envs("tabletop", 60, 0, partial_reset=False)
     policy = load_policy(checkpoint)
-    monkeypatch.setattr(policy, "velocity", lambda prefix, x, tau: (torch.zeros_like(x), None))
+    monkeypatch.setattr(policy, "velocity", lambda prefix, x, tau: (torch.zeros_like(x), x))
     ode, noisy = script.spreads(script.Agent(policy, flow_sde_ppo.Args(**HYBRID | changed)), envs)
     assert ode == pytest.approx(1, rel=0.08)
     assert noisy == pytest.approx(math.sqrt(np.mean(variance) + np.var(kept)), rel=0.1)
