@@ -250,7 +250,7 @@ class Policy(pi_models.Policy):
         length = self.config.unmasked_padding or max(fitted, *map(len, rows))
         tokens = [F.pad(row, (0, length - len(row)), value=-1) for row in rows]  # -1: padding, at the right
         tokens = torch.stack(tokens).to(self.device)
-        state = torch.as_tensor(obs["state"], dtype=torch.float32, device=self.device)
+        state = pi_models.finite_state(obs, self.device)
         return {
             "images": images,
             "image_mask": there,

@@ -165,6 +165,14 @@ def gemma(model, x, positions, mask, cache=None, condition=None, output=True):
     return normed(model.norm, x)[0], torch.stack(kv, dim=1)
 
 
+def finite_state(obs, device):
+    """The state (B, S). envs.py finds NaN of a simulator itself; here it is of environments that are the user's."""
+    state = np.asarray(obs["state"], np.float32)
+    for row in np.flatnonzero(~np.isfinite(state).all(axis=1))[:1]:
+        fail(f"observation {row} ({obs['prompt'][row]!r}): its state is NaN or infinite", code=1)
+    return torch.as_tensor(state, device=device)
+
+
 def time_embedding(t, dim, min_period=4e-3, max_period=4.0):
     """Sine-cosine embedding of t (B,). In fp64: the fastest wave turns 1571 rad per unit of t."""
     fraction = torch.linspace(0, 1, dim // 2, dtype=torch.float64, device=t.device)
@@ -391,8 +399,7 @@ class Policy(nn.Module):
         if not there.all():  # a missing picture is -1, a camera that nobody has is dropped
             images = images.masked_fill(~there[..., None, None, None], -1)[:, there.any(0)]
             there = there[:, there.any(0)]
-        state = torch.as_tensor(obs["state"], dtype=torch.float32, device=self.device)
-        state = self._normalize(state, "state")
+        state = self._normalize(finite_state(obs, self.device), "state")
         tokens = [self._padded_tokens(*x) for x in zip(obs["prompt"], state.tolist())]
         tokens = torch.stack(tokens).to(self.device)
         return {
