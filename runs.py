@@ -39,8 +39,10 @@ from ranks import gather
 
 class Run:
     def __init__(self, script: str, args, rank: int, ranks: int):
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{gather(int(time.time()))[0]}"
-        self.folder = args.resume or os.path.join(args.run_dir, name)
+        name, second = f"{args.env_id}__{args.exp_name}__{args.seed}__", int(time.time())
+        while os.path.exists(os.path.join(args.run_dir, f"{name}{second}")):  # a run of the same second
+            second += 1
+        self.folder = args.resume or os.path.join(args.run_dir, f"{name}{gather(second)[0]}")
         self.args, self.script = dataclasses.replace(args, resume=""), os.path.basename(script)
         self.name, self.rank, self.first = os.path.basename(self.folder), rank, rank == 0
         self.mine = f"rank{rank}of{ranks}.safetensors"  # this rank's files of resume/

@@ -241,6 +241,15 @@ def test_auto(parts, tmp_path):
     assert found().resume == str(older)
 
 
+def test_two_runs_in_the_same_second(tmp_path, checkpoint, monkeypatch):
+    """A run that was killed at once is not in the way of the next one."""
+    monkeypatch.setattr("runs.time.time", lambda: 1_700_000_000.5)
+    for _ in range(2):
+        run(flow_sde_ppo, command("flow_sde_ppo", checkpoint, tmp_path, "--total-timesteps", "1"))
+    names = [f"tabletop_press_button__flow_sde_ppo__1__170000000{second}" for second in (0, 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_a_full_disk(parts, monkeypatch, capfd):
     """No file may be larger than 4 kB: the log, or a save. What was there is as it was."""
     before = {path.name: path.read_bytes() for path in (parts / "resume").iterdir()}
