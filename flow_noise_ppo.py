@@ -35,7 +35,7 @@ from torch import Tensor
 
 from envs import make_envs, select_rows, write_gif
 from flags import check_ranges, fail, paper_row, parse
-from pi_models import TINY_POLICIES, Policy, Prefix, load_policy
+from pi_models import TINY_POLICIES, Policy, Prefix, Prefixes, load_policy
 from ranks import add_gradients, gather, join
 from runs import Run, refuse_step
 
@@ -78,6 +78,8 @@ class Args:
     update_epochs: int = 1  # passes over the batch
     num_minibatches: int = 4  # optimiser steps per pass
     micro_batch_size: int = 256  # chunks per backward pass, accumulated over a minibatch; 0: all at once
+    prefix_cache_gb: float | None = None  # GiB on the device for encoded observations; else all of them
+    host_cache_gb: float | None = None  # GiB in host memory for others; else all. The rest is encoded again
     clip_coef: float = 0.2  # clipping of the ratio; with a critic, of the value's change too
     clip_vloss: bool = True  # clip the value loss
     max_grad_norm: float = 0.5  # gradient norm limit; actor and critic each have it
@@ -147,10 +149,9 @@ class Agent:
 
     @torch.no_grad()
     def encode(self, obs: dict) -> tuple[Prefix, dict[str, Tensor]]:
-        """The prefix, and what the update needs for it: a frozen VLM's prefix itself, or else its inputs."""
+        """The prefix, which is all that a frozen VLM has to say, and what it was computed from."""
         inputs = self.policy.preprocess(obs)
-        prefix = self.policy.encode(inputs)
-        return prefix, inputs if self.policy.vlm_trained else prefix._asdict()
+        return self.policy.encode(inputs), inputs
 
     def step(self, prefix: Prefix, x: Tensor, tau: Tensor):
         """The velocity at x, mean and std of the Gaussian that the next x is drawn from, and features."""
@@ -247,8 +248,7 @@ def rollout(agent, envs, seen, batch, generator, run=None):
             break
         # -- the inner layer: from noise to an action chunk
         chain, denoise_idx, logprob, features = agent.act(prefix, generator)
-        for name, field in inputs.items():
-            batch.inputs[name][t] = field
+        batch.prefixes.put(t, prefix, inputs)
         batch.chain[t], batch.denoise_idx[t], batch.logprob[t] = chain, denoise_idx, logprob
         batch.features[t], batch.value[t] = features, agent.value(prefix, features)
 
@@ -297,7 +297,6 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     chain, denoise_idx, old_logprob, advantages = (getattr(batch, name).flatten(0, 1) for name in names)
     given = batch.value, batch.returns, batch.features
     old_value, returns, features = (field.flatten(0, 1) for field in given)  # (T * N, S) twice, (T * N, K, W)
-    inputs = {name: field.flatten(0, 1) for name, field in batch.inputs.items()}
     alive = batch.alive.flatten().nonzero().squeeze(1)
     everyone = torch.cat(gather(advantages[alive]))
     advantages = (advantages - everyone.mean()) / (everyone.std(correction=0) + 1e-8)
@@ -309,8 +308,8 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
         for minibatch in order.tensor_split(min(args.num_minibatches, num_alive)):
             optimizer.zero_grad()
             size = sum(gather(len(minibatch)))  # over all ranks; this one may have none
-            for rows in filter(len, minibatch.split(args.micro_batch_size or len(order))):
-                seen = agent.policy.encode({name: field[rows] for name, field in inputs.items()})
+            parts = [rows for rows in minibatch.split(args.micro_batch_size or len(order)) if len(rows)]
+            for rows, seen in batch.prefixes.encoded(agent.policy, parts):
                 advantage = advantages[rows]
                 logprob, entropy, std = agent.evaluate_actions(seen, chain[rows], denoise_idx[rows])
                 logratio = logprob - old_logprob[rows]
@@ -457,9 +456,9 @@ def main(args: Args):
     def storage(*shape, dtype=torch.float32):
         return torch.zeros((args.num_steps, num_envs, *shape), dtype=dtype, device=device)
 
-    S, c = agent.num_decisions, policy.config
+    S, c, room = agent.num_decisions, policy.config, (args.prefix_cache_gb, args.host_cache_gb)
     batch = SimpleNamespace(
-        inputs={name: storage(*field.shape[1:], dtype=field.dtype) for name, field in seen[2].items()},
+        prefixes=Prefixes(policy, args.num_steps, num_envs, *seen[1:], *room),
         chain=storage(args.denoise_steps + 1, c.horizon, c.action_dim),  # (T, N, K+1, H, D)
         denoise_idx=storage(agent.num_stochastic, dtype=torch.long),
         logprob=storage(S),

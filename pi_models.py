@@ -23,7 +23,9 @@ import math
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import layouts
-from flags import fail
+from flags import fail, tell
 from layouts import CHECKPOINTS, STATISTICS, TOKENIZERS, save_policy  # noqa: F401  # goes with load_policy
 
 
@@ -97,6 +99,83 @@ class Prefix(NamedTuple):
         """Masked means of what the expert sees, the values of layers 1, 2, ..., (B, head_dim) each."""
         weight = self.mask[:, None, :, None] / self.mask.sum(1)[:, None, None, None]
         return (self.kv[:, 1:, 1] * weight).sum(2).unbind(1)
+
+
+class Prefixes:
+    """The observations of a rollout (T, N), encoded once for all epochs of the update.
+
+    Counted through T * N, the first are kept on the policy's device, as many as fit into `device_gb`, the
+    next in host memory, up to `host_gb`. Of the rest, and of all when the VLM learns, only the inputs are
+    kept, and encoded again when they are asked for. None is room for everything.
+    """
+
+    def __init__(self, policy, T, N, prefix, inputs, device_gb=None, host_gb=None):
+        self.N, self.parts, first = N, [], 0  # parts: first row, last row + 1, fields
+        each, device, host = sum(field[0].nbytes for field in prefix), policy.device, torch.device("cpu")
+        room = [T * N if gb is None else int(gb * 2**30 / each) for gb in (device_gb, host_gb)]
+        room = [0, 0] if policy.vlm_trained else room
+        kept = prefix._asdict()
+        for place, rows, fields in ((device, room[0], kept), (host, room[1], kept), (device, T * N, inputs)):
+            last = min(first + rows, T * N)
+            make = partial(torch.zeros, device=place, pin_memory=place != device)
+            stored = {name: make((last - first, *x.shape[1:]), dtype=x.dtype) for name, x in fields.items()}
+            self.parts.append((first, last, stored))
+            first = last
+        (_, a, _), (_, b, _), (_, c, _) = self.parts
+        if a < c and not policy.vlm_trained:
+            elsewhere = f"{b - a} in host memory, {c - b} are encoded again for the update"
+            tell(f"of {c} observations {a} are kept on the device, {elsewhere}")
+        self.fetcher = ThreadPoolExecutor(1) if a < b else None  # from host memory
+        self.copies = torch.cuda.Stream() if device.type == "cuda" else None
+
+    def put(self, t, prefix, inputs):
+        """What the N environments show in turn t."""
+        begin, given = t * self.N, inputs | prefix._asdict()
+        for first, last, fields in self.parts:
+            low, high = max(first, begin), max(min(last, begin + self.N), first, begin)
+            for name, field in fields.items():
+                field[low - first : high - first] = given[name][low - begin : high - begin]
+
+    def encoded(self, policy, batches):
+        """(rows, their prefix) in turn. What is in host memory comes while the one before it is in use."""
+        if not self.fetcher:
+            yield from ((rows, self._join(policy, self._fetch(rows))) for rows in batches)
+            return
+        coming = [self.fetcher.submit(self._fetch, rows) for rows in batches[:1]]
+        for rows, *after in (batches[i : i + 2] for i in range(len(batches))):
+            found = coming.pop().result()
+            coming += [self.fetcher.submit(self._fetch, following) for following in after]
+            yield rows, self._join(policy, found)
+
+    @torch.no_grad()
+    def _fetch(self, rows):
+        """[(where in rows, their fields on the device)] for each part that has some of them."""
+        found = []
+        with torch.cuda.stream(self.copies):
+            for first, last, fields in self.parts:
+                where = torch.where((first <= rows) & (rows < last))[0]
+                if len(where):
+                    picked = {name: pick(field, rows[where] - first) for name, field in fields.items()}
+                    found.append((where, picked))
+        return found
+
+    def _join(self, policy, found):
+        if self.copies:
+            torch.cuda.current_stream().wait_stream(self.copies)
+        prefixes = [policy.encode(fields) for _, fields in found]
+        if len(prefixes) == 1:
+            return prefixes[0]
+        order = torch.cat([where for where, _ in found]).argsort()
+        return type(prefixes[0])(*(torch.cat(fields)[order] for fields in zip(*prefixes)))
+
+
+def pick(field, rows):
+    """Rows of a field, on the device that the rows are on."""
+    if field.device == rows.device:
+        return field[rows]
+    picked = torch.empty((len(rows), *field.shape[1:]), dtype=field.dtype, pin_memory=True)
+    torch.index_select(field, 0, rows.cpu(), out=picked)
+    return picked.to(rows.device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -166,7 +245,7 @@ def gemma(model, x, positions, mask, cache=None, condition=None, output=True):
 
 
 def finite_state(obs, device):
-    """The state (B, S). envs.py finds NaN of a simulator itself; here it is of environments that are the user's."""
+    """The state (B, S). NaN of a simulator was found before; here it is of environments of the user's."""
     state = np.asarray(obs["state"], np.float32)
     for row in np.flatnonzero(~np.isfinite(state).all(axis=1))[:1]:
         fail(f"observation {row} ({obs['prompt'][row]!r}): its state is NaN or infinite", code=1)

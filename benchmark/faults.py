@@ -493,24 +493,24 @@ def breaks(part, cases, rng):
 # ------------------------------------------------------------------------------------------------------- soak
 
 
-def soak(minutes, sampled=10):
+def soak(minutes):
     """Resident memory of a training that evaluates and saves often: its slope, with an interval."""
     flags = "--num-envs 64 --num-steps 2 --eval-freq 20 --save-freq 5 --total-timesteps 100000000"
     with tempfile.TemporaryDirectory() as folder:
         child, said = begin(train, Path(folder), flags, limit=int(60 * minutes + 600))
-        hours, megabytes, began = [], [], time.monotonic()
-        while (now := time.monotonic() - began) < 60 * minutes:
-            if now > 120:  # by then all has been done once
-                pages = int(Path(f"/proc/{child}/statm").read_text().split()[1])
-                hours.append(now / 3600)
-                megabytes.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-            time.sleep(sampled)
+        samples, began = {}, time.monotonic()
+        while (now := (time.monotonic() - began) / 60) < minutes:
+            pages = int(Path(f"/proc/{child}/statm").read_text().split()[1])
+            samples.setdefault(int(now), []).append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+            time.sleep(1)
         os.kill(child, signal.SIGTERM)
         code, text = ended(child, said)
+    # by then all has been done once; the median of a minute leaves out what a save needs for a moment
+    hours, megabytes = zip(*[(m / 60, np.median(some)) for m, some in samples.items() if m >= 2])
     slope, start = np.polyfit(hours, megabytes, 1)
     errors = np.asarray(megabytes) - np.polyval([slope, start], hours)
     half = 1.96 * errors.std(ddof=2) / (np.std(hours) * math.sqrt(len(hours)))
-    print(f"\nsoak: {minutes:g} minutes, {len(hours)} samples, exit code {code} after SIGTERM")
+    print(f"\nsoak: {minutes:g} minutes, exit code {code} after SIGTERM")
     print(f"resident memory {np.mean(megabytes):.0f} MB, slope {slope:.1f} +- {half:.1f} MB an hour (95 %)")
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import flow_sde_ppo
 from envs import make_envs
 from flow_sde_ppo import Agent, compute_advantages, log_prob, rollout, update
-from pi_models import load_policy
+from pi_models import Prefixes, load_policy
 
 
 @dataclass
@@ -40,13 +40,13 @@ class Args:
     """of environments and noise"""
 
 
-def empty_batch(agent, inputs, T, N):
+def empty_batch(agent, prefix, inputs, T, N):
     """What `rollout` fills."""
     c = agent.policy.config
     shapes = {"chain": (agent.K + 1, c.horizon, c.action_dim), "logprob": (1,), "value": (1,)}
     shapes |= {"reward": (), "final_value": ()}
     return SimpleNamespace(
-        inputs={name: torch.zeros((T, *field.shape), dtype=field.dtype) for name, field in inputs.items()},
+        prefixes=Prefixes(agent.policy, T, N, prefix, inputs),
         denoise_idx=torch.zeros((T, N, 1), dtype=torch.long),
         **{name: torch.zeros((T, N, *shape)) for name, shape in shapes.items()},
         **{name: torch.zeros((T, N), dtype=torch.bool) for name in ("terminated", "truncated", "alive")},
@@ -64,7 +64,7 @@ def gradients(agent, batch, steps):
     result = []
     for k in range(agent.noisy_steps):
         rows = (drawn[:, 0] == k).nonzero().squeeze(1)
-        prefix = agent.policy.encode({name: x.flatten(0, 1)[rows] for name, x in batch.inputs.items()})
+        ((_, prefix),) = batch.prefixes.encoded(agent.policy, [rows])
         _, mu, std, _ = agent.step(prefix, chain[rows, k], torch.full((len(rows),), k / agent.K))
         x, C, D = chain[rows, k + 1], agent.chunk_len, agent.action_dim
         each = [slice(h, h + 1) for h in range(C)]  # a log-probability for each action of the chunk
@@ -111,7 +111,7 @@ def main(args):
     generator = torch.Generator().manual_seed(args.seed)
     obs, _ = envs.reset()
     seen = obs, *agent.encode(obs)
-    batch = empty_batch(agent, seen[2], flags.num_steps, flags.num_envs)
+    batch = empty_batch(agent, *seen[1:], flags.num_steps, flags.num_envs)
     found, played = [], []
     for i in range(args.warmup + args.batches):
         steps.clear()

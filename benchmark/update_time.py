@@ -23,7 +23,7 @@ import flow_noise_ppo
 import flow_sde_grpo
 import flow_sde_ppo
 from envs import make_envs
-from pi_models import load_policy
+from pi_models import Prefixes, load_policy
 
 
 @dataclass
@@ -54,9 +54,11 @@ def prepare(script, args, prefix, **changed):
     agent = script.Agent(policy, flags)
     generator = torch.Generator(args.device).manual_seed(0)
     chain, denoise_idx, logprob, features = agent.act(prefix, generator)
+    prefixes = Prefixes(policy, 1, len(prefix.mask), prefix, {})
+    prefixes.put(0, prefix, {})
     rest = {name: torch.randn_like(logprob)[None] for name in ("advantages", "returns", "value")}
     batch = SimpleNamespace(
-        inputs={name: field[None] for name, field in prefix._asdict().items()},
+        prefixes=prefixes,
         chain=chain[None],
         denoise_idx=denoise_idx[None],
         logprob=logprob[None],

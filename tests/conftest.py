@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from envs import make_envs
-from pi_models import CHECKPOINTS, TINY, Policy
+from pi_models import CHECKPOINTS, TINY, Policy, Prefixes
 from simulators.libero import PACKAGES
 
 os.environ.setdefault("MUJOCO_GL", "egl" if find_library("EGL") else "osmesa")  # before MuJoCo is imported
@@ -54,6 +54,23 @@ def observe(n, seed=0):
 def encode(policy, n, seed=0):
     with torch.no_grad():
         return policy.encode(policy.preprocess(observe(n, seed)))
+
+
+def kept(policy, T, N, prefix, inputs=None):
+    """Prefixes in which T * N rows have been put already."""
+    prefixes = Prefixes(policy, T, N, prefix, inputs or {})
+    for t in range(T):
+        turn = slice(t * N, (t + 1) * N)
+        rows = {name: field[turn] for name, field in (inputs or {}).items()}
+        prefixes.put(t, type(prefix)(*(field[turn] for field in prefix)), rows)
+    return prefixes
+
+
+def turn(batch, t):
+    """The prefix of turn t, from a batch of a frozen VLM."""
+    N = batch.prefixes.N
+    ((_, prefix),) = batch.prefixes.encoded(make_policy(), [torch.arange(t * N, (t + 1) * N)])
+    return prefix
 
 
 class Silent(list):

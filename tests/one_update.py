@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from conftest import make_policy
+from conftest import kept, make_policy
 
 import flow_noise_ppo
 import flow_sde_grpo
@@ -27,8 +27,8 @@ def played(script, rank, ranks, dead):
     if script is flow_noise_ppo:
         policy.need_noise_head(0.2, 0.6)
         policy.noise_head.double()
-    kept = dict(update_epochs=1, num_minibatches=1, micro_batch_size=4, max_grad_norm=1e9)
-    args = dataclasses.replace(script.Args(), **kept)
+    once = dict(update_epochs=1, num_minibatches=1, micro_batch_size=4, max_grad_norm=1e9)
+    args = dataclasses.replace(script.Args(), **once)
     agent, c, generator = script.Agent(policy, args), policy.config, torch.Generator().manual_seed(1)
 
     def draw(*shape):
@@ -54,7 +54,8 @@ def played(script, rank, ranks, dead):
         decisions = agent.num_decisions
         batch |= {name: draw(T, N, decisions)[:, share] for name in ("value", "returns", "advantages")}
     batch = SimpleNamespace(**{k: v if v.shape[1] < N else v[:, share] for k, v in batch.items()})
-    batch.inputs = {name: field[:, share] for name, field in inputs.items()}
+    mine = policy.encode({name: field[:, share].flatten(0, 1) for name, field in inputs.items()})
+    batch.prefixes = kept(policy, T, N // ranks, mine)
     batch.alive = alive[:, share]
     optimizer = torch.optim.SGD(
         [{"params": policy.actor_parameters()}, {"params": list(policy.value_head.parameters())}]

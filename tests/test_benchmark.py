@@ -344,9 +344,8 @@ def test_parts_of_the_gradient_are_the_policy_loss_s():
     agent = flow_sde_ppo.Agent(policy, flags)
     obs, _ = make_envs("tabletop", 16, 0).reset()
     prefix, inputs = agent.encode(obs)
-    batch = gradient.empty_batch(agent, inputs, 1, 16)
-    for name, field in inputs.items():
-        batch.inputs[name][0] = field
+    batch = gradient.empty_batch(agent, prefix, inputs, 1, 16)
+    batch.prefixes.put(0, prefix, inputs)
     batch.chain[0], batch.denoise_idx[0], batch.logprob[0], _ = agent.act(prefix, torch.Generator())
     batch.advantages = torch.randn(1, 16, 1)
     steps = torch.full((1, 16), 5)

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import HYBRID, make_policy
+from conftest import HYBRID, make_policy, turn
 from test_ppo import double, rollout, seeded  # noqa: F401
 from torch.distributions import Normal
 
@@ -22,7 +22,7 @@ import flow_sde_grpo
 import flow_sde_ppo
 from envs import make_envs
 from flow_sde_grpo import Agent, Args, compute_advantages, main, transition, update
-from pi_models import Policy, Prefix, load_policy, save_policy
+from pi_models import Policy, load_policy, save_policy
 from simulators.tabletop import Tabletop
 
 # --- advantages ---
@@ -184,7 +184,7 @@ def losses(agent, batch, surrogate=clipped, kl=lambda d: d.exp() - 1 - d, norm=l
     """Of the policy, and KL divergence from the reference; d is log(reference / policy)."""
     terms = [], [], []
     for t in range(3):
-        prefix, chain = Prefix(**{name: field[t] for name, field in batch.inputs.items()}), batch.chain[t]
+        prefix, chain = turn(batch, t), batch.chain[t]
         for n in live(batch.alive[t]).nonzero().flatten().tolist():
             k, logprob = batch.denoise_idx[t, n].item(), []
             x, tau = chain[n : n + 1, k], torch.tensor([k / 4])
@@ -359,9 +359,9 @@ def test_run(tmp_path, checkpoint, monkeypatch):
         )  # of whom is learned from
         truth = torch.tensor([0.0] * 6 + [-(0.5**0.5), 2**0.5, -(0.5**0.5)])
         assert torch.allclose(sums, truth, atol=1e-4)
-        states = batch.inputs["state"][0].view(3, 3, -1)
+        states = turn(batch, 0).state.view(3, 3, -1)
         assert (states == states[:, :1]).all() and len(states[:, 0].unique(dim=0)) == 3
-    assert not torch.equal(updates[0][1].inputs["state"][0], updates[1][1].inputs["state"][0])
+    assert not torch.equal(*(turn(batch, 0).state for _, batch in updates))
 
 
 def test_run_without_signal(tmp_path, checkpoint, monkeypatch):

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from conftest import HYBRID, encode, make_policy, wrapped
+from conftest import HYBRID, encode, make_policy, turn, wrapped
 from test_ppo import double, rollout, seeded  # noqa: F401
 from torch.distributions import Independent, Normal
 
@@ -226,7 +226,7 @@ def check_update():
         for name in ("advantages", "returns", "value"):
             setattr(batch, name, getattr(batch, name)[..., :1])
         batch.advantages = gain * batch.advantages
-        prefixes = [Prefix(**{name: field[t] for name, field in batch.inputs.items()}) for t in range(3)]
+        prefixes = [turn(batch, t) for t in range(3)]
         rows = [rated(agent.policy, prefixes[t], batch.chain[t], reduction=reduction) for t in range(3)]
         logprob, entropy = (torch.cat(part)[batch.alive.flatten()] for part in list(zip(*rows))[:2])
         advantages = batch.advantages[batch.alive] - batch.advantages[batch.alive].mean()

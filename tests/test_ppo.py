@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import HYBRID, encode, make_policy, wrapped
+from conftest import HYBRID, encode, kept, make_policy, observe, turn, wrapped
 from torch.distributions import Independent, Normal
 
 import flow_sde_ppo
 from flow_sde_ppo import Agent, Args, compute_advantages, transition, update
-from pi_models import TINY, Prefix
+from pi_models import TINY, Prefix, Prefixes
 
 # --- advantages ---
 
@@ -484,7 +484,7 @@ def rollout(agent, T=3, N=8):
     alive[1:, 2] = alive[2:, 5:] = False
     advantages, returns, value = torch.randn((3, T, N, S), generator=generator)
     return SimpleNamespace(
-        inputs={name: torch.stack([getattr(p, name) for p in steps]) for name in Prefix._fields},
+        prefixes=kept(agent.policy, T, N, Prefix(*map(torch.cat, zip(*steps)))),
         chain=chain,
         denoise_idx=denoise_idx,
         logprob=logprob,
@@ -534,7 +534,7 @@ def expected_losses(agent, batch, clip=0.2):
     mean = seen.sum() / seen.numel()
     std = math.sqrt(((seen - mean) ** 2).sum() / seen.numel())
     for t in range(3):
-        chain, prefix = batch.chain[t], Prefix(**{name: field[t] for name, field in batch.inputs.items()})
+        chain, prefix = batch.chain[t], turn(batch, t)
         velocity, values = velocities(agent, prefix, chain, K), agent.value(prefix, batch.features[t])
         for n in range(8):
             for s, k in enumerate(batch.denoise_idx[t, n].tolist()) if batch.alive[t, n] else ():
@@ -806,3 +806,96 @@ def test_every_epoch_is_shuffled_afresh():
     everything = sorted(batch.chain[batch.alive][:, 0, 0, 0].tolist())
     first, second = seen[0] + seen[1], seen[2] + seen[3]
     assert first != second and sorted(first) == sorted(second) == everything
+
+
+# --- where the prefixes are kept ---
+
+
+def check_prefixes(T=3, N=8):
+    """On the device, in host memory, encoded again, and all three at once: the same, whichever rows are asked
+    for; and what is kept has the bytes that were given."""
+    policy = make_policy("vlm")
+    inputs = [policy.preprocess(observe(N, seed)) for seed in range(T)]
+    with torch.no_grad():
+        prefixes = [policy.encode(x) for x in inputs]
+    every = Prefix(*map(torch.cat, zip(*prefixes)))
+    size = sum(field[0].nbytes for field in every)
+    gb = 9.5 * size / 2**30  # room for nine
+    for room, counts in {
+        (None, None): (24, 0, 0),
+        (gb, None): (9, 15, 0),
+        (gb, gb): (9, 9, 6),
+        (0, gb): (0, 9, 15),
+        (0, 0): (0, 0, 24),
+    }.items():
+        stored = Prefixes(policy, T, N, prefixes[0], inputs[0], *room)
+        for t in range(T):
+            stored.put(t, prefixes[t], inputs[t])
+        assert tuple(last - first for first, last, _ in stored.parts) == counts
+        for (_, _, fields), count in zip(stored.parts[:2], counts):
+            assert sum(field.nbytes for field in fields.values()) == count * size
+        batches = torch.randperm(24, generator=seeded()).split(7)
+        found = list(stored.encoded(policy, batches))
+        for rows, (asked, prefix) in zip(batches, found, strict=True):
+            assert torch.equal(rows, asked)
+            for field, truth in zip(prefix, every):
+                assert torch.allclose(field, truth[rows], atol=1e-5)
+
+
+def test_prefixes():
+    check_prefixes()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        wrapped(Prefixes, "_join", lambda f: lambda self, policy, found: f(self, policy, found[:1])),
+        wrapped(torch.Tensor, "argsort", lambda f: lambda x: torch.arange(len(x))),
+        wrapped(Prefixes, "put", lambda f: lambda self, t, *given: f(self, min(t, 1), *given)),
+    ],
+    ids=["one part alone", "in the order of the parts", "the last turn is lost"],
+)
+def test_broken_prefixes_are_caught(monkeypatch, damage):
+    damage(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_prefixes()
+
+
+def test_prefixes_are_fetched_ahead(monkeypatch):
+    """From host memory the next ones are fetched while those before them are in use, in another thread."""
+    policy, names = make_policy("vlm"), []
+    prefix = encode(policy, 6)
+    fetch = Prefixes._fetch
+    stored = Prefixes(policy, 1, 6, prefix, {}, 0)
+    stored.put(0, prefix, {})
+
+    def told(self, rows):
+        names.append(rows.tolist())
+        return fetch(self, rows)
+
+    monkeypatch.setattr(Prefixes, "_fetch", told)
+    for i, _ in enumerate(stored.encoded(policy, torch.arange(6).split(2))):
+        stored.fetcher.submit(int).result()  # what was asked for before is there
+        assert len(names) == min(i + 2, 3)
+
+
+@pytest.mark.parametrize("critic", ["vlm", "expert"])
+def test_update_is_the_same_wherever_prefixes_are_kept(critic):
+    """The device, host memory, or encoded again: the same losses, and the same weights after two epochs."""
+    ends, T, N = [], 3, 8
+    each = sum(field.nbytes for field in encode(make_policy(critic), 1)) / 2**30
+    modes = {(None, None): [24, 0, 0], (0, None): [0, 24, 0], (0, 0): [0, 0, 24]}
+    for room, counts in (modes | {(9.5 * each, 9.5 * each): [9, 9, 6]}).items():
+        agent = make_agent(critic)
+        batch, policy = rollout(agent), agent.policy
+        stored = Prefixes(policy, T, N, turn(batch, 0), policy.preprocess(observe(N)), *room)
+        for t in range(T):
+            stored.put(t, turn(batch, t), policy.preprocess(observe(N, t)))
+        batch.prefixes, few = stored, dict(update_epochs=2, num_minibatches=2, micro_batch_size=5)
+        metrics, _ = run_update(agent, batch, rate=1e-3, **few)
+        ends.append((metrics, weights(agent)))
+        assert [last - first for first, last, _ in stored.parts] == counts
+    for metrics, after in ends[1:]:
+        assert metrics == pytest.approx(ends[0][0], rel=1e-3, abs=1e-5)
+        for name, weight in after.items():
+            assert torch.allclose(weight, ends[0][1][name], atol=1e-6), name

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_policy, observe
+from conftest import kept, make_policy, observe
 from test_scripts import train
 
 import flow_noise_ppo
@@ -131,7 +131,7 @@ def test_update_encodes_again():
         chain, denoise_idx, logprob, features = agent.act(policy.encode(inputs), generator)
     advantages = torch.randn(N, 1, generator=generator)
     batch = SimpleNamespace(
-        inputs={k: v[None] for k, v in inputs.items()},
+        prefixes=kept(policy, 1, N, policy.encode(inputs), inputs),
         chain=chain[None],
         denoise_idx=denoise_idx[None],
         logprob=logprob[None],
