@@ -426,9 +426,9 @@ def main(args: Args):
     if args.noise == "learned":
         policy.need_noise_head(args.noise_std_min, args.noise_std_max)
     agent = Agent(policy, args)
-    parameters = [policy.actor_parameters()]
-    parameters.append(list(policy.value_head.parameters()))
-    optimizer = torch.optim.AdamW([{"params": group} for group in parameters], eps=1e-5, weight_decay=0.01)
+    groups = [{"params": policy.actor_parameters()}]
+    groups.append({"params": list(policy.value_head.parameters())})
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.01, fused=True)
 
     # -- separate generators: the environment's own, policy noise, minibatches, and a fixed one in evaluate
     policy_rng, shuffle_rng = (torch.Generator(device).manual_seed(2 * seed + i) for i in range(2))

@@ -400,8 +400,8 @@ def main(args: Args):
     if args.kl_coef:  # the expert as it is now; of the VLM, which is frozen, one copy is enough
         vlm = {id(module): module for module in policy.vlm_modules}
         agent.reference = Agent(copy.deepcopy(policy, vlm).requires_grad_(False), args)
-    parameters = [policy.actor_parameters()]
-    optimizer = torch.optim.AdamW([{"params": group} for group in parameters], eps=1e-5, weight_decay=0.01)
+    groups = [{"params": policy.actor_parameters()}]
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.01, fused=True)
 
     # -- separate generators: the environment's own, policy noise, minibatches, and a fixed one in evaluate
     policy_rng, shuffle_rng = (torch.Generator(device).manual_seed(2 * seed + i) for i in range(2))
