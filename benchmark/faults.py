@@ -494,14 +494,17 @@ def breaks(part, cases, rng):
 
 
 def soak(minutes):
-    """Resident memory of a training that evaluates and saves often: its slope, with an interval."""
+    """Resident memory, without libraries, of a training that evaluates and saves often: its slope, with an interval."""
     flags = "--num-envs 64 --num-steps 2 --eval-freq 20 --save-freq 5 --total-timesteps 100000000"
     with tempfile.TemporaryDirectory() as folder:
         child, said = begin(train, Path(folder), flags, limit=int(60 * minutes + 600))
         samples, began = {}, time.monotonic()
         while (now := (time.monotonic() - began) / 60) < minutes:
-            pages = int(Path(f"/proc/{child}/statm").read_text().split()[1])
-            samples.setdefault(int(now), []).append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+            status = dict(
+                line.split(":", 1) for line in Path(f"/proc/{child}/status").read_text().splitlines()
+            )
+            kilobytes = int(status["RssAnon"].split()[0])  # without libraries, whose pages come and go
+            samples.setdefault(int(now), []).append(kilobytes / 1024)
             time.sleep(1)
         os.kill(child, signal.SIGTERM)
         code, text = ended(child, said)
