@@ -494,17 +494,16 @@ def breaks(part, cases, rng):
 
 
 def soak(minutes):
-    """Resident memory, without libraries, of a training that evaluates and saves often: its slope, with an interval."""
+    """Resident memory of a training that evaluates and saves often: its slope, with an interval. Without the
+    libraries, whose pages come and go."""
     flags = "--num-envs 64 --num-steps 2 --eval-freq 20 --save-freq 5 --total-timesteps 100000000"
     with tempfile.TemporaryDirectory() as folder:
         child, said = begin(train, Path(folder), flags, limit=int(60 * minutes + 600))
         samples, began = {}, time.monotonic()
         while (now := (time.monotonic() - began) / 60) < minutes:
-            status = dict(
-                line.split(":", 1) for line in Path(f"/proc/{child}/status").read_text().splitlines()
-            )
-            kilobytes = int(status["RssAnon"].split()[0])  # without libraries, whose pages come and go
-            samples.setdefault(int(now), []).append(kilobytes / 1024)
+            lines = Path(f"/proc/{child}/status").read_text().splitlines()
+            kilobytes = dict(line.split(":", 1) for line in lines)["RssAnon"].split()[0]
+            samples.setdefault(int(now), []).append(int(kilobytes) / 1024)
             time.sleep(1)
         os.kill(child, signal.SIGTERM)
         code, text = ended(child, said)
