@@ -1,0 +1,455 @@
+"""The paper's ablations at laptop scale: runs of the three scripts, then a table and a picture of each.
+
+ABLATIONS below is the whole list: of every row the command, as it is run. A command that several rows have is
+run once a seed. What has finished in --runs is not run again, so a call that was stopped can be made again.
+Tables go between their marks in docs/results/ablations.md, pictures to docs/results/ablations/NAME.png; a
+table says of every row how many seeds have finished.
+
+    python benchmark/ablations.py all                   # two to four hours on two cores
+    python benchmark/ablations.py noise steps --jobs 1  # of these two
+    python benchmark/ablations.py all --only show       # the commands
+    python benchmark/ablations.py all --only tables     # tables and pictures of the runs that there are
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from plot import evaluations, interval, read_run
+
+from evaluate import SAMPLER
+from flags import fail, tell
+
+# ------------------------------------------------------------------------------------ the commands
+
+# What the runs have in common: 30 iterations of the default, two of which train the critic alone
+STEPS = "--total-timesteps 150000 --eval-freq 15"
+# This repository's sampler: noise in every denoise step but the last, level 0.7
+DEFAULT = f"flow_sde_ppo.py {STEPS}"
+# The paper's: one drawn step of a chunk is noisy, and it may be the last. At level 1.0 it explores as widely
+PAPER = f"flow_sde_ppo.py {STEPS} --mdp hybrid --noisy-last-step"
+SHORT = "flow_sde_ppo.py --total-timesteps 60000 --eval-freq 2"  # to see the beginning
+LONG = "flow_sde_ppo.py --eval-freq 20"  # the default run, 0.8 M steps
+# Longer chunks need a policy with a longer horizon: checkpoints/tiny with 10 actions instead of 5, and SFT
+HORIZON_10 = "runs/ablations/sft-horizon-10"
+SFT_10 = f"flow_sft.py --num-demos 10 --total-steps 900 --output {HORIZON_10}"
+CHUNKS = f"{PAPER} --noise-level 1.0 --checkpoint {HORIZON_10}"
+
+
+@dataclass
+class Ablation:
+    title: str
+    rows: dict[str, str]  # label: command
+    columns: tuple[str, ...]  # of MEASURES and REPORTED
+    panels: tuple[str, ...]  # "ODE" or of CURVES, over environment steps
+
+
+ABLATIONS = {
+    "noise": Ablation(
+        "Noise level (Table 6, Fig. 9)",
+        {
+            "a = 1.0": f"{PAPER} --noise-level 1.0",
+            "a = 0.2": f"{PAPER} --noise-level 0.2",
+            "a = 0.5": f"{PAPER} --noise-level 0.5",
+            "a = 0.8": f"{PAPER} --noise-level 0.8",
+        },
+        ("SFT, with noise", "SFT, ODE", "with noise", "ODE", "clip fraction", "gradient norm", "KL"),
+        ("ODE", "with noise", "clip fraction", "gradient norm"),
+    ),
+    "steps": Ablation(
+        "Denoise steps K (Table 6, Fig. 10)",
+        {
+            "K = 4": f"{PAPER} --noise-level 1.0",
+            "K = 1": f"{PAPER} --noise-level 1.0 --denoise-steps 1",
+            "K = 2": f"{PAPER} --noise-level 1.0 --denoise-steps 2",
+            "K = 8": f"{PAPER} --noise-level 1.0 --denoise-steps 8",
+        },
+        ("SFT, with noise", "SFT, ODE", "with noise", "ODE", "KL"),
+        ("ODE", "with noise"),
+    ),
+    "algorithm": Ablation(
+        "PPO and GRPO (Table 5, Fig. 5), and Flow-Noise",
+        {
+            "Flow-SDE PPO": DEFAULT,
+            "Flow-SDE GRPO": f"flow_sde_grpo.py {STEPS}",
+            "Flow-Noise PPO": f"flow_noise_ppo.py {STEPS}",
+        },
+        ("ODE", "with noise", "KL"),
+        ("ODE", "with noise"),
+    ),
+    "mdp": Ablation(
+        "One layer, two layers, hybrid (Fig. 8), the SDE's noise of level 0.7 in all",
+        {
+            "two-layer": f"flow_sde_ppo.py {STEPS} --noisy-last-step --noise-level 0.7",
+            "hybrid": f"{PAPER} --noise-level 0.7",
+            "one-layer": f"flow_noise_ppo.py {STEPS} --noise sde --noise-level 0.7",
+        },
+        ("ODE", "with noise", "explained variance", "s per update", "KL"),
+        ("ODE", "with noise", "explained variance"),
+    ),
+    "critic": Ablation(
+        "Critic: where it reads, and how deep it is (Fig. 6)",
+        {
+            "V_vlm, 4 layers": f"{PAPER} --noise-level 1.0",
+            "V_expert, 4 layers": f"{PAPER} --noise-level 1.0 --critic expert",
+            "V_expert, 1 layer": f"{PAPER} --noise-level 1.0 --critic expert --critic-layers 1",
+            "V_vlm, 1 layer": f"{PAPER} --noise-level 1.0 --critic-layers 1",
+        },
+        ("ODE", "value loss", "explained variance"),
+        ("ODE", "value loss", "explained variance"),
+    ),
+    "warmup": Ablation(
+        "Critic warm-up and the initial dip (Fig. 14)",
+        {
+            "no warm-up": f"{SHORT} --critic-warmup 0",
+            "2 iterations": f"{SHORT} --critic-warmup 2",
+            "6 iterations": f"{SHORT} --critic-warmup 6",
+        },
+        ("start", "lowest", "ODE", "explained variance, first 10"),
+        ("ODE", "explained variance"),
+    ),
+    "last-step": Ablation(
+        "Which denoise step is noisy",
+        {
+            "every step but the last (default)": DEFAULT,
+            "one, drawn from all (the paper's)": f"{PAPER} --noise-level 1.0",
+            "every step": f"flow_sde_ppo.py {STEPS} --noisy-last-step --noise-level 0.7",
+            "one, never the last": f"flow_sde_ppo.py {STEPS} --mdp hybrid --noise-level 1.0",
+        },
+        ("ODE", "with noise", "exploration", "gradient norm"),
+        ("ODE", "with noise", "gradient norm"),
+    ),
+    "learned": Ablation(
+        "Fixed and learned noise in the same MDP (Fig. 7)",
+        {
+            "fixed, a = 1.0": f"{PAPER} --noise-level 1.0",
+            "learned, 0.2 to 0.6": f"{PAPER} --noise learned",
+        },
+        ("ODE", "with noise", "exploration", "KL"),
+        ("ODE", "with noise"),
+    ),
+    "solver": Ablation(
+        "The SDE's solver, at equal exploration (section 7 of the paper: Flow-CPS)",
+        {
+            "Euler, a = 0.7 (default)": DEFAULT,
+            "Euler, a = 0.4": f"flow_sde_ppo.py {STEPS} --noise-level 0.4",
+            "Flow-CPS, a = 1.0": f"flow_sde_ppo.py {STEPS} --sde-solver cps --noise-level 1.0",
+            "exponential, a = 2.0": f"flow_sde_ppo.py {STEPS} --sde-solver exponential --noise-level 2.0",
+        },
+        ("ODE", "with noise", "exploration"),
+        ("ODE", "with noise"),
+    ),
+    "cosine": Ablation(
+        "Schedule of the learning rate (Fig. 12)",
+        {
+            "3e-4, constant (default)": DEFAULT,
+            "1e-3, constant": f"{DEFAULT} --learning-rate 1e-3",
+            "1e-3, cosine": f"{DEFAULT} --learning-rate 1e-3 --lr-schedule cosine",
+            "3e-4, cosine": f"{DEFAULT} --lr-schedule cosine",
+        },
+        ("ODE", "with noise", "KL, first 10", "KL"),
+        ("ODE", "KL"),
+    ),
+    "chunk": Ablation(
+        "Length of a chunk (Table 6, Fig. 11), from one policy with a horizon of 10",
+        {
+            "2 actions": f"{CHUNKS} --chunk-len 2 --num-steps 5 --num-minibatches 10",
+            "5 actions": f"{CHUNKS} --chunk-len 5",
+            "10 actions": f"{CHUNKS} --chunk-len 10 --num-steps 1 --num-minibatches 2",
+        },
+        ("SFT, with noise", "SFT, ODE", "with noise", "ODE", "explained variance"),
+        ("ODE", "with noise", "explained variance"),
+    ),
+    "lora": Ablation(
+        "Training the VLM too, by LoRA (Fig. 15)",
+        {
+            "VLM frozen": DEFAULT,
+            "LoRA I: the same flags": f"{DEFAULT} --train expert+lora",
+            "LoRA II: a fifth of the rate, half the minibatches": f"{DEFAULT} --train expert+lora "
+            "--learning-rate 6e-5 --num-minibatches 2",
+        },
+        ("ODE", "with noise", "KL"),
+        ("ODE", "KL"),
+    ),
+    "length": Ablation(
+        "Length of episodes against the expert's (Fig. 13), the default run of 0.8 M steps",
+        {"Flow-SDE PPO": LONG},
+        ("ODE", "episode length, 10 to 20", "episode length", "expert's length"),
+        ("ODE", "episode length"),
+    ),
+}
+
+# ------------------------------------------------------------------------------------ what is told
+
+
+def mean_of(name, first, last=None, form="{:.3f}"):
+    """A column: the mean of a metric over iterations first to last of a run."""
+    return lambda run: run[1][name][first:last].mean(), form
+
+
+def lowest(run):
+    return evaluations(*run)[2].min()
+
+
+PERCENT = "{:.1%}"
+MEASURES = {
+    "ODE": (lambda run: evaluations(*run)[2][-1], PERCENT),
+    "start": (lambda run: evaluations(*run)[2][0], PERCENT),
+    "lowest": (lowest, PERCENT),
+    "with noise": mean_of("charts/success_once", -5, form=PERCENT),
+    "clip fraction": mean_of("losses/clipfrac", -10),
+    "gradient norm": mean_of("flow/grad_norm", -10, form="{:.2f}"),
+    "KL": mean_of("losses/approx_kl", -5),
+    "KL, first 10": mean_of("losses/approx_kl", 2, 12),
+    "value loss": mean_of("losses/value_loss", -10),
+    "explained variance": mean_of("losses/explained_variance", -10, form="{:.2f}"),
+    "explained variance, first 10": mean_of("losses/explained_variance", 0, 10, form="{:.2f}"),
+    "exploration": mean_of("flow/exploration", 2, 3, form="{:.2f}"),
+    "s per update": (lambda run: float(np.median(run[1]["time/update"][2:])), "{:.1f}"),
+    "episode length": mean_of("charts/episodic_length", -10, form="{:.1f}"),
+    "episode length, 10 to 20": mean_of("charts/episodic_length", 10, 20, form="{:.1f}"),
+}
+REPORTED = {  # of the policy at the start, played as the row's runs play it
+    "SFT, ODE": (lambda report: report["results"][0]["success_rate"], PERCENT),
+    "SFT, with noise": (lambda report: report["results"][1]["success_rate"], PERCENT),
+    "expert's length": (lambda report: np.mean([*report["expert_length"].values()]), "{:.1f}"),
+}
+CURVES = {  # what a panel draws of the metrics; the ODE's points are those of the evaluations
+    "with noise": "charts/success_once",
+    "clip fraction": "losses/clipfrac",
+    "gradient norm": "flow/grad_norm",
+    "KL": "losses/approx_kl",
+    "value loss": "losses/value_loss",
+    "explained variance": "losses/explained_variance",
+    "episode length": "charts/episodic_length",
+}
+
+# ------------------------------------------------------------------------------------ running them
+
+
+@dataclass
+class Args:
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """ablations, or "all"; an unknown name lists them"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of every row"""
+    jobs: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """runs at a time, one torch thread each; the default is the cores"""
+    only: Literal["", "show", "tables"] = ""
+    """show: print the commands; tables: of the runs that there are"""
+    page: Path = Path("docs/results/ablations.md")
+    """page with a pair of marks for every ablation; pictures go beside it, into ablations/"""
+
+
+ROOT, RUNS = Path(__file__).resolve().parents[1], Path("runs/ablations")
+
+
+def place(command):
+    """The folder of a command's runs: its words."""
+    return RUNS / re.sub(r"[^\w.-]+", "_", command.removeprefix("runs/")).replace(".py", "")
+
+
+def finished(command, seed):
+    """The newest finished run of a command and seed, if any; the curve is what a run writes last."""
+    runs = place(command).glob(f"tabletop__*__{seed}__*")
+    return max((run for run in runs if (run / "learning_curve.png").exists()), default=None)
+
+
+def report_of(command):
+    """The file in which evaluate.py tells of the policy at the start, played as the command's runs play it.
+
+    And the words for evaluate.py.
+    """
+    words, flags = command.split(), ["--stochastic"]
+    for name in (*SAMPLER, "checkpoints"):
+        flag = f"--{name.replace('_', '-')}".replace("checkpoints", "checkpoint")
+        if flag in words:
+            value = words[words.index(flag) + 1 : words.index(flag) + 2]
+            flags += [flag.replace("checkpoint", "checkpoints")]
+            flags += value if value and not value[0].startswith("--") else []
+    file = Path(f"{place(' '.join(['sft', *flags]))}.json")
+    return file, ["evaluate.py", *flags, "--json", str(file)]
+
+
+def needs_report(ablation):
+    return any(column in REPORTED for column in ablation.columns)
+
+
+def call(words, log):
+    """Runs a script of this repository with one thread. Its output goes into a file."""
+    print(f"python {' '.join(words)}", flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, stdout=file, stderr=file)
+    if process.returncode:
+        tell(f"error: {words[0]} ended with code {process.returncode}, see {log}")
+    return process.returncode
+
+
+def train(command, seed):
+    if finished(command, seed):
+        return 0
+    folder = place(command)
+    code = call([*command.split(), "--seed", str(seed), "--run-dir", str(folder)], folder / f"{seed}.log")
+    if not code:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+        (finished(command, seed) / "commit.txt").write_text(commit.stdout)
+    return code
+
+
+def make_horizon_10():
+    """The policy that longer chunks start from."""
+    if Path(HORIZON_10, "model.safetensors").exists():
+        return 0
+    tiny = RUNS / "tiny-horizon-10"
+    shutil.copytree("checkpoints/tiny", tiny, dirs_exist_ok=True)
+    config = json.loads((tiny / "config.json").read_text()) | {"horizon": 10}
+    (tiny / "config.json").write_text(json.dumps(config))
+    return call([*SFT_10.split(), "--checkpoint", str(tiny)], RUNS / "sft-horizon-10.log")
+
+
+def run_all(chosen, args):
+    """Policies, evaluations of SFT, then seed by seed the runs: every row has one before any has two."""
+    commands = dict.fromkeys(command for ablation in chosen.values() for command in ablation.rows.values())
+    told = [
+        command
+        for ablation in chosen.values()
+        if needs_report(ablation)
+        for command in ablation.rows.values()
+    ]
+    reports = dict(report_of(command) for command in told)
+    if args.only == "show":
+        for words in [SFT_10.split(), *reports.values()]:
+            print(f"python {' '.join(words)}")
+        print("\n".join(f"python {command}  # seeds {args.seeds}" for command in commands))
+        return
+    failed = make_horizon_10() if any(HORIZON_10 in command for command in commands) else 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        todo = [
+            pool.submit(call, words, Path(f"{file}.log"))
+            for file, words in reports.items()
+            if not file.exists()
+        ]
+        todo += [pool.submit(train, command, seed) for seed in args.seeds for command in commands]
+        try:
+            failed += sum(bool(job.result()) for job in todo)
+        except KeyboardInterrupt:  # which the runs have been told too
+            pool.shutdown(cancel_futures=True)
+            raise
+    if failed:
+        tell(f"{failed} of {len(todo)} commands failed")
+
+
+# ------------------------------------------------------------------------------------ the results
+
+
+def cell(samples, form):
+    """Mean over the seeds, with an interval of 95 % (Student's t) where there are two or more."""
+    mean, low, high = interval(samples)
+    spread = "" if math.isnan(low) else f" [{form.format(low)}, {form.format(high)}]"
+    return form.format(mean) + spread
+
+
+def table(ablation, seeds):
+    rows = [["", *ablation.columns, "seeds"]]
+    for label, command in ablation.rows.items():
+        runs = [read_run(run) for seed in seeds if (run := finished(command, seed))]
+        report = report_of(command)[0]
+        report = json.loads(report.read_text()) if needs_report(ablation) and report.exists() else None
+        cells = [label]
+        for column in ablation.columns:
+            if column in REPORTED:
+                measure, form = REPORTED[column]
+                cells.append(form.format(measure(report)) if report else "not run")
+            else:
+                measure, form = MEASURES[column]
+                cells.append(cell([measure(run) for run in runs], form) if runs else "not run")
+        rows.append([*cells, ", ".join(str(args["seed"]) for args, _ in runs) or "none"])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+
+
+def curve(name, run):
+    """Environment steps and values of a panel's curve; other metrics than the ODE's are means of five."""
+    if name == "ODE":
+        steps, _, values = evaluations(*run)
+        return steps, values
+    steps, values = run[1]["global_step"], run[1][CURVES[name]]
+    smooth = [np.nanmean(values[max(0, i - 4) : i + 1]) if i > 3 else np.nan for i in range(len(values))]
+    return steps, np.array(smooth)
+
+
+def draw(ablation, seeds, path):
+    """A panel for each metric: mean and range of a row's seeds."""
+    figure = Figure(figsize=(4 * len(ablation.panels), 3.6), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(ablation.panels)))
+    for axes, name in zip(panels, ablation.panels):
+        for i, (label, command) in enumerate(ablation.rows.items()):
+            runs = [read_run(run) for seed in seeds if (run := finished(command, seed))]
+            if not runs:
+                continue
+            curves = [curve(name, run) for run in runs]
+            grid = np.linspace(0, min(steps[-1] for steps, _ in curves), 100)
+            values = np.stack([np.interp(grid, steps, values) for steps, values in curves])
+            axes.plot(grid / 1000, values.mean(axis=0), color=f"C{i}", label=label)
+            axes.fill_between(
+                grid / 1000, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.2, lw=0
+            )
+        axes.set(title=name, xlabel="environment steps, thousands")
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=70)
+
+
+def write_results(chosen, args):
+    text = args.page.read_text()
+    for name, ablation in chosen.items():
+        found = [
+            run for command in ablation.rows.values() for s in args.seeds if (run := finished(command, s))
+        ]
+        commits = sorted({(run / "commit.txt").read_text().strip() for run in found})
+        rows = "\n".join(f"python {command}  # {label}" for label, command in ablation.rows.items())
+        lines = [table(ablation, args.seeds), f"```bash\n{rows}\n```"]
+        if found:
+            picture = args.page.with_suffix("") / f"{name}.png"
+            draw(ablation, args.seeds, picture)
+            lines.insert(1, f"![{ablation.title}]({picture.parent.name}/{picture.name})")
+            lines.append(f"Commit {', '.join(commits)}.")
+        begin, end = f"<!-- ablation {name} -->", f"<!-- ablation {name} end -->"
+        if begin not in text or end not in text:
+            fail(f"{args.page} cannot be written: it needs {begin} and {end}")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n" + "\n\n".join(lines) + f"\n\n{end}{rest.split(end)[1]}"
+        print(f"\n## {ablation.title}\n\n{lines[0]}")
+    args.page.write_text(text)
+
+
+def main(args):
+    if unknown := [name for name in args.names if name not in {*ABLATIONS, "all"}]:
+        fail(f"{unknown[0]}: no such ablation; there are {', '.join(ABLATIONS)}, or all")
+    os.chdir(ROOT)
+    chosen = ABLATIONS if "all" in args.names else {name: ABLATIONS[name] for name in args.names}
+    if args.only != "tables":
+        run_all(chosen, args)
+    if args.only != "show":
+        write_results(chosen, args)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
