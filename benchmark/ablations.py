@@ -274,12 +274,11 @@ def report_of(command):
     And the words for evaluate.py.
     """
     words, flags = command.split(), ["--stochastic"]
-    for name in (*SAMPLER, "checkpoints"):
-        flag = f"--{name.replace('_', '-')}".replace("checkpoints", "checkpoint")
+    for name in (*SAMPLER, "checkpoint"):
+        flag = f"--{name.replace('_', '-')}"
         if flag in words:
-            value = words[words.index(flag) + 1 : words.index(flag) + 2]
-            flags += [flag.replace("checkpoint", "checkpoints")]
-            flags += value if value and not value[0].startswith("--") else []
+            value = "True" if name == "noisy_last_step" else words[words.index(flag) + 1]
+            flags += ["--checkpoints" if name == "checkpoint" else flag, value]
     file = Path(f"{place(' '.join(['sft', *flags]))}.json")
     return file, ["evaluate.py", *flags, "--json", str(file)]
 
