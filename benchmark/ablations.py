@@ -46,7 +46,7 @@ LONG = "flow_sde_ppo.py --eval-freq 20"  # the default run, 0.8 M steps
 # Longer chunks need a policy with a longer horizon: checkpoints/tiny with 10 actions instead of 5, and SFT
 HORIZON_10 = "runs/ablations/sft-horizon-10"
 SFT_10 = f"flow_sft.py --num-demos 10 --total-steps 900 --output {HORIZON_10}"
-CHUNKS = f"{PAPER} --noise-level 1.0 --checkpoint {HORIZON_10}"
+CHUNKS = f"{DEFAULT} --checkpoint {HORIZON_10}"
 
 
 @dataclass
@@ -58,27 +58,41 @@ class Ablation:
 
 
 ABLATIONS = {
+    "start": Ablation(
+        "Before RL: what noise and few denoise steps cost (Table 6, SFT), the paper's sampler",
+        {
+            "a = 0.2, K = 4": f"{PAPER} --noise-level 0.2",
+            "a = 0.5, K = 4": f"{PAPER} --noise-level 0.5",
+            "a = 0.8, K = 4": f"{PAPER} --noise-level 0.8",
+            "a = 1.0, K = 4": f"{PAPER} --noise-level 1.0",
+            "a = 1.0, K = 1": f"{PAPER} --noise-level 1.0 --denoise-steps 1",
+            "a = 1.0, K = 2": f"{PAPER} --noise-level 1.0 --denoise-steps 2",
+            "a = 1.0, K = 8": f"{PAPER} --noise-level 1.0 --denoise-steps 8",
+        },
+        ("SFT, with noise", "SFT, ODE"),
+        (),
+    ),
     "noise": Ablation(
         "Noise level (Table 6, Fig. 9)",
         {
-            "a = 1.0": f"{PAPER} --noise-level 1.0",
-            "a = 0.2": f"{PAPER} --noise-level 0.2",
-            "a = 0.5": f"{PAPER} --noise-level 0.5",
-            "a = 0.8": f"{PAPER} --noise-level 0.8",
+            "a = 0.7 (default)": DEFAULT,
+            "a = 0.2": f"{DEFAULT} --noise-level 0.2",
+            "a = 0.5": f"{DEFAULT} --noise-level 0.5",
+            "a = 1.0": f"{DEFAULT} --noise-level 1.0",
         },
-        ("SFT, with noise", "SFT, ODE", "with noise", "ODE", "clip fraction", "gradient norm", "KL"),
-        ("ODE", "with noise", "clip fraction", "gradient norm"),
+        ("with noise", "ODE", "clip fraction", "gradient norm", "KL, first 3"),
+        ("ODE", "clip fraction", "gradient norm"),
     ),
     "steps": Ablation(
         "Denoise steps K (Table 6, Fig. 10)",
         {
-            "K = 4": f"{PAPER} --noise-level 1.0",
-            "K = 1": f"{PAPER} --noise-level 1.0 --denoise-steps 1",
-            "K = 2": f"{PAPER} --noise-level 1.0 --denoise-steps 2",
-            "K = 8": f"{PAPER} --noise-level 1.0 --denoise-steps 8",
+            "K = 4 (default)": DEFAULT,
+            "K = 1": f"{DEFAULT} --denoise-steps 1",
+            "K = 2": f"{DEFAULT} --denoise-steps 2",
+            "K = 8": f"{DEFAULT} --denoise-steps 8",
         },
-        ("SFT, with noise", "SFT, ODE", "with noise", "ODE", "KL"),
-        ("ODE", "with noise"),
+        ("with noise", "ODE", "exploration", "KL"),
+        ("ODE", "KL"),
     ),
     "algorithm": Ablation(
         "PPO and GRPO (Table 5, Fig. 5), and Flow-Noise",
@@ -87,8 +101,8 @@ ABLATIONS = {
             "Flow-SDE GRPO": f"flow_sde_grpo.py {STEPS}",
             "Flow-Noise PPO": f"flow_noise_ppo.py {STEPS}",
         },
-        ("ODE", "with noise", "KL"),
-        ("ODE", "with noise"),
+        ("with noise", "ODE", "KL"),
+        ("ODE", "KL"),
     ),
     "mdp": Ablation(
         "One layer, two layers, hybrid (Fig. 8), the SDE's noise of level 0.7 in all",
@@ -97,16 +111,16 @@ ABLATIONS = {
             "hybrid": f"{PAPER} --noise-level 0.7",
             "one-layer": f"flow_noise_ppo.py {STEPS} --noise sde --noise-level 0.7",
         },
-        ("ODE", "with noise", "explained variance", "s per update", "KL"),
-        ("ODE", "with noise", "explained variance"),
+        ("ODE", "explained variance", "s per update", "KL"),
+        ("ODE", "explained variance"),
     ),
     "critic": Ablation(
         "Critic: where it reads, and how deep it is (Fig. 6)",
         {
-            "V_vlm, 4 layers": f"{PAPER} --noise-level 1.0",
-            "V_expert, 4 layers": f"{PAPER} --noise-level 1.0 --critic expert",
-            "V_expert, 1 layer": f"{PAPER} --noise-level 1.0 --critic expert --critic-layers 1",
-            "V_vlm, 1 layer": f"{PAPER} --noise-level 1.0 --critic-layers 1",
+            "V_vlm, 4 layers (default)": DEFAULT,
+            "V_expert, 4 layers": f"{DEFAULT} --critic expert",
+            "V_expert, 1 layer": f"{DEFAULT} --critic expert --critic-layers 1",
+            "V_vlm, 1 layer": f"{DEFAULT} --critic-layers 1",
         },
         ("ODE", "value loss", "explained variance"),
         ("ODE", "value loss", "explained variance"),
@@ -129,17 +143,14 @@ ABLATIONS = {
             "every step": f"flow_sde_ppo.py {STEPS} --noisy-last-step --noise-level 0.7",
             "one, never the last": f"flow_sde_ppo.py {STEPS} --mdp hybrid --noise-level 1.0",
         },
-        ("ODE", "with noise", "exploration", "gradient norm"),
-        ("ODE", "with noise", "gradient norm"),
+        ("ODE", "exploration", "gradient norm"),
+        ("ODE", "gradient norm"),
     ),
     "learned": Ablation(
         "Fixed and learned noise in the same MDP (Fig. 7)",
-        {
-            "fixed, a = 1.0": f"{PAPER} --noise-level 1.0",
-            "learned, 0.2 to 0.6": f"{PAPER} --noise learned",
-        },
-        ("ODE", "with noise", "exploration", "KL"),
-        ("ODE", "with noise"),
+        {"fixed, a = 0.7 (default)": DEFAULT, "learned, 0.2 to 0.6": f"{DEFAULT} --noise learned"},
+        ("ODE", "exploration", "KL"),
+        ("ODE", "KL"),
     ),
     "solver": Ablation(
         "The SDE's solver, at equal exploration (section 7 of the paper: Flow-CPS)",
@@ -149,8 +160,8 @@ ABLATIONS = {
             "Flow-CPS, a = 1.0": f"flow_sde_ppo.py {STEPS} --sde-solver cps --noise-level 1.0",
             "exponential, a = 2.0": f"flow_sde_ppo.py {STEPS} --sde-solver exponential --noise-level 2.0",
         },
-        ("ODE", "with noise", "exploration"),
-        ("ODE", "with noise"),
+        ("with noise", "ODE", "exploration"),
+        ("ODE",),
     ),
     "cosine": Ablation(
         "Schedule of the learning rate (Fig. 12)",
@@ -160,7 +171,7 @@ ABLATIONS = {
             "1e-3, cosine": f"{DEFAULT} --learning-rate 1e-3 --lr-schedule cosine",
             "3e-4, cosine": f"{DEFAULT} --lr-schedule cosine",
         },
-        ("ODE", "with noise", "KL, first 10", "KL"),
+        ("ODE", "KL, first 10", "KL"),
         ("ODE", "KL"),
     ),
     "chunk": Ablation(
@@ -171,7 +182,7 @@ ABLATIONS = {
             "10 actions": f"{CHUNKS} --chunk-len 10 --num-steps 1 --num-minibatches 2",
         },
         ("SFT, with noise", "SFT, ODE", "with noise", "ODE", "explained variance"),
-        ("ODE", "with noise", "explained variance"),
+        ("ODE", "explained variance"),
     ),
     "lora": Ablation(
         "Training the VLM too, by LoRA (Fig. 15)",
@@ -181,7 +192,7 @@ ABLATIONS = {
             "LoRA II: a fifth of the rate, half the minibatches": f"{DEFAULT} --train expert+lora "
             "--learning-rate 6e-5 --num-minibatches 2",
         },
-        ("ODE", "with noise", "KL"),
+        ("ODE", "KL"),
         ("ODE", "KL"),
     ),
     "length": Ablation(
@@ -200,19 +211,30 @@ def mean_of(name, first, last=None, form="{:.3f}"):
     return lambda run: run[1][name][first:last].mean(), form
 
 
+def curve_of_ode(run):
+    return evaluations(*run[:2])[2]
+
+
+def with_noise(run):
+    """Of the trained policy, on the fixed states. Training's own rate counts short episodes more."""
+    file = run[2] / "noise.json"
+    return json.loads(file.read_text())["results"][1]["success_rate"] if file.exists() else math.nan
+
+
 def lowest(run):
-    return evaluations(*run)[2].min()
+    return curve_of_ode(run).min()
 
 
 PERCENT = "{:.1%}"
 MEASURES = {
-    "ODE": (lambda run: evaluations(*run)[2][-1], PERCENT),
-    "start": (lambda run: evaluations(*run)[2][0], PERCENT),
+    "ODE": (lambda run: curve_of_ode(run)[-1], PERCENT),
+    "start": (lambda run: curve_of_ode(run)[0], PERCENT),
     "lowest": (lowest, PERCENT),
-    "with noise": mean_of("charts/success_once", -5, form=PERCENT),
+    "with noise": (with_noise, PERCENT),
     "clip fraction": mean_of("losses/clipfrac", -10),
     "gradient norm": mean_of("flow/grad_norm", -10, form="{:.2f}"),
     "KL": mean_of("losses/approx_kl", -5),
+    "KL, first 3": mean_of("losses/approx_kl", 2, 5),
     "KL, first 10": mean_of("losses/approx_kl", 2, 12),
     "value loss": mean_of("losses/value_loss", -10),
     "explained variance": mean_of("losses/explained_variance", -10, form="{:.2f}"),
@@ -228,7 +250,6 @@ REPORTED = {  # of the policy at the start, played as the row's runs play it
     "expert's length": (lambda report: np.mean([*report["expert_length"].values()]), "{:.1f}"),
 }
 CURVES = {  # what a panel draws of the metrics; the ODE's points are those of the evaluations
-    "with noise": "charts/success_once",
     "clip fraction": "losses/clipfrac",
     "gradient norm": "flow/grad_norm",
     "KL": "losses/approx_kl",
@@ -262,6 +283,12 @@ def place(command):
     return RUNS / re.sub(r"[^\w.-]+", "_", command.removeprefix("runs/")).replace(".py", "")
 
 
+def load(command, seeds):
+    """(flags, metrics, folder) of a command's finished runs."""
+    folders = filter(None, (finished(command, seed) for seed in seeds))
+    return [(*read_run(folder), folder) for folder in folders]
+
+
 def finished(command, seed):
     """The newest finished run of a command and seed, if any; the curve is what a run writes last."""
     runs = place(command).glob(f"tabletop__*__{seed}__*")
@@ -287,6 +314,10 @@ def needs_report(ablation):
     return any(column in REPORTED for column in ablation.columns)
 
 
+def trains(ablation):
+    return not {*ablation.columns} <= {*REPORTED}
+
+
 def call(words, log):
     """Runs a script of this repository with one thread. Its output goes into a file."""
     print(f"python {' '.join(words)}", flush=True)
@@ -299,15 +330,24 @@ def call(words, log):
     return process.returncode
 
 
-def train(command, seed):
-    if finished(command, seed):
+def play(command, seed):
+    """The trained policy with noise too."""
+    run = finished(command, seed)
+    words = ["evaluate.py", "--stochastic", "--checkpoints", f"{run}/checkpoint"]
+    if not run or (run / "noise.json").exists():
         return 0
+    return call([*words, "--json", f"{run}/noise.json"], run / "noise.log")
+
+
+def train(command, seed, with_noise):
+    if finished(command, seed):
+        return play(command, seed) if with_noise else 0
     folder = place(command)
     code = call([*command.split(), "--seed", str(seed), "--run-dir", str(folder)], folder / f"{seed}.log")
     if not code:
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
         (finished(command, seed) / "commit.txt").write_text(commit.stdout)
-    return code
+    return code or (play(command, seed) if with_noise else 0)
 
 
 def make_horizon_10():
@@ -323,27 +363,24 @@ def make_horizon_10():
 
 def run_all(chosen, args):
     """Policies, evaluations of SFT, then seed by seed the runs: every row has one before any has two."""
-    commands = dict.fromkeys(command for ablation in chosen.values() for command in ablation.rows.values())
-    told = [
-        command
-        for ablation in chosen.values()
-        if needs_report(ablation)
-        for command in ablation.rows.values()
-    ]
-    reports = dict(report_of(command) for command in told)
+    reports, commands = {}, {}
+    for ablation in chosen.values():
+        for command in ablation.rows.values():
+            if needs_report(ablation):
+                reports.update([report_of(command)])
+            if trains(ablation):
+                commands[command] = commands.get(command, False) or "with noise" in ablation.columns
     if args.only == "show":
         for words in [SFT_10.split(), *reports.values()]:
             print(f"python {' '.join(words)}")
         print("\n".join(f"python {command}  # seeds {args.seeds}" for command in commands))
         return
     failed = make_horizon_10() if any(HORIZON_10 in command for command in commands) else 0
+    reports = {file: words for file, words in reports.items() if not file.exists()}
     with ThreadPoolExecutor(args.jobs) as pool:
-        todo = [
-            pool.submit(call, words, Path(f"{file}.log"))
-            for file, words in reports.items()
-            if not file.exists()
-        ]
-        todo += [pool.submit(train, command, seed) for seed in args.seeds for command in commands]
+        todo = [pool.submit(call, words, Path(f"{file}.log")) for file, words in reports.items()]
+        for seed in args.seeds:
+            todo += [pool.submit(train, command, seed, noisy) for command, noisy in commands.items()]
         try:
             failed += sum(bool(job.result()) for job in todo)
         except KeyboardInterrupt:  # which the runs have been told too
@@ -358,15 +395,20 @@ def run_all(chosen, args):
 
 def cell(samples, form):
     """Mean over the seeds, with an interval of 95 % (Student's t) where there are two or more."""
+    samples = [x for x in samples if not math.isnan(x)]
+    if not samples:
+        return "not run"
     mean, low, high = interval(samples)
     spread = "" if math.isnan(low) else f" [{form.format(low)}, {form.format(high)}]"
     return form.format(mean) + spread
 
 
 def table(ablation, seeds):
-    rows = [["", *ablation.columns, "seeds"]]
+    """Markdown; the last column says which seeds have finished."""
+    seeds_told = ["seeds"] if trains(ablation) else []
+    rows = [["", *ablation.columns, *seeds_told]]
     for label, command in ablation.rows.items():
-        runs = [read_run(run) for seed in seeds if (run := finished(command, seed))]
+        runs = load(command, seeds)
         report = report_of(command)[0]
         report = json.loads(report.read_text()) if needs_report(ablation) and report.exists() else None
         cells = [label]
@@ -376,8 +418,9 @@ def table(ablation, seeds):
                 cells.append(form.format(measure(report)) if report else "not run")
             else:
                 measure, form = MEASURES[column]
-                cells.append(cell([measure(run) for run in runs], form) if runs else "not run")
-        rows.append([*cells, ", ".join(str(args["seed"]) for args, _ in runs) or "none"])
+                cells.append(cell([measure(run) for run in runs], form))
+        told = ", ".join(str(args["seed"]) for args, *_ in runs) or "none"
+        rows.append([*cells, told] if seeds_told else cells)
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
@@ -386,7 +429,7 @@ def table(ablation, seeds):
 def curve(name, run):
     """Environment steps and values of a panel's curve; other metrics than the ODE's are means of five."""
     if name == "ODE":
-        steps, _, values = evaluations(*run)
+        steps, _, values = evaluations(*run[:2])
         return steps, values
     steps, values = run[1]["global_step"], run[1][CURVES[name]]
     smooth = [np.nanmean(values[max(0, i - 4) : i + 1]) if i > 3 else np.nan for i in range(len(values))]
@@ -399,7 +442,7 @@ def draw(ablation, seeds, path):
     panels = np.atleast_1d(figure.subplots(1, len(ablation.panels)))
     for axes, name in zip(panels, ablation.panels):
         for i, (label, command) in enumerate(ablation.rows.items()):
-            runs = [read_run(run) for seed in seeds if (run := finished(command, seed))]
+            runs = load(command, seeds)
             if not runs:
                 continue
             curves = [curve(name, run) for run in runs]
@@ -424,11 +467,12 @@ def write_results(chosen, args):
         ]
         commits = sorted({(run / "commit.txt").read_text().strip() for run in found})
         rows = "\n".join(f"python {command}  # {label}" for label, command in ablation.rows.items())
-        lines = [table(ablation, args.seeds), f"```bash\n{rows}\n```"]
-        if found:
+        lines = [table(ablation, args.seeds), f"```text\n{rows}\n```"]
+        if found and ablation.panels:
             picture = args.page.with_suffix("") / f"{name}.png"
             draw(ablation, args.seeds, picture)
             lines.insert(1, f"![{ablation.title}]({picture.parent.name}/{picture.name})")
+        if commits:
             lines.append(f"Commit {', '.join(commits)}.")
         begin, end = f"<!-- ablation {name} -->", f"<!-- ablation {name} end -->"
         if begin not in text or end not in text:
