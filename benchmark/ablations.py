@@ -44,8 +44,8 @@ PAPER = f"flow_sde_ppo.py {STEPS} --mdp hybrid --noisy-last-step"
 SHORT = "flow_sde_ppo.py --total-timesteps 60000 --eval-freq 2"  # to see the beginning
 LONG = "flow_sde_ppo.py --eval-freq 20"  # the default run, 0.8 M steps
 # Longer chunks need a policy with a longer horizon: checkpoints/tiny with 10 actions instead of 5, and SFT
-HORIZON_10 = "runs/ablations/sft-horizon-10"
-SFT_10 = f"flow_sft.py --num-demos 10 --total-steps 900 --output {HORIZON_10}"
+TINY_10, HORIZON_10 = "runs/ablations/tiny-horizon-10", "runs/ablations/sft-horizon-10"
+SFT_10 = f"flow_sft.py --checkpoint {TINY_10} --num-demos 10 --total-steps 900 --output {HORIZON_10}"
 CHUNKS = f"{DEFAULT} --checkpoint {HORIZON_10}"
 
 
@@ -351,14 +351,13 @@ def train(command, seed, with_noise):
 
 
 def make_horizon_10():
-    """The policy that longer chunks start from."""
+    """The policy that longer chunks start from. No weight depends on the horizon, so a number is changed."""
     if Path(HORIZON_10, "model.safetensors").exists():
         return 0
-    tiny = RUNS / "tiny-horizon-10"
-    shutil.copytree("checkpoints/tiny", tiny, dirs_exist_ok=True)
-    config = json.loads((tiny / "config.json").read_text()) | {"horizon": 10}
-    (tiny / "config.json").write_text(json.dumps(config))
-    return call([*SFT_10.split(), "--checkpoint", str(tiny)], RUNS / "sft-horizon-10.log")
+    shutil.copytree("checkpoints/tiny", TINY_10, dirs_exist_ok=True)
+    config = Path(TINY_10, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"horizon": 10}))
+    return call(SFT_10.split(), Path(f"{HORIZON_10}.log"))
 
 
 def run_all(chosen, args):
@@ -373,7 +372,8 @@ def run_all(chosen, args):
     if args.only == "show":
         for words in [SFT_10.split(), *reports.values()]:
             print(f"python {' '.join(words)}")
-        print("\n".join(f"python {command}  # seeds {args.seeds}" for command in commands))
+        for command, noisy in commands.items():
+            print(f"python {command}  # seeds {args.seeds}{', then evaluate.py --stochastic' * noisy}")
         return
     failed = make_horizon_10() if any(HORIZON_10 in command for command in commands) else 0
     reports = {file: words for file, words in reports.items() if not file.exists()}
