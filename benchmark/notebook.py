@@ -1,7 +1,7 @@
 """Runs a notebook without Jupyter, one cell after another, and writes what it printed and drew back into it.
 
-    python benchmark/notebook.py docs/flow_sde.ipynb docs/flow_noise.ipynb    # under two minutes each
-    python benchmark/notebook.py docs/flow_sde.ipynb --no-write               # only runs it, asserts and all
+python benchmark/notebook.py docs/flow_sde.ipynb docs/flow_noise.ipynb    # under two minutes each
+python benchmark/notebook.py docs/flow_sde.ipynb --no-write               # only runs it, asserts and all
 """
 
 import base64
