@@ -97,7 +97,7 @@ def sampler(args, checkpoint, policy):
     """How a checkpoint is played: the values of SAMPLER, and in words who chose them."""
     chosen = vars(flow_sde_ppo.defaults(args.env_id, policy.config.variant))
     chosen, source = {name: chosen[name] for name in SAMPLER}, f"defaults for {args.env_id}"
-    for file in (Path(checkpoint, "args.json"), Path(checkpoint).parent / "args.json"):
+    for file in (policy.folder / "args.json", policy.folder.parent / "args.json"):
         if file.is_file():
             try:
                 told = dict(json.loads(file.read_text()))

@@ -685,4 +685,5 @@ def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:
         module, _, name = key.rpartition(".")
         tensor = tensors.pop(key).to(torch.float32 if parameter.requires_grad else frozen)
         setattr(policy.get_submodule(module), name, nn.Parameter(tensor, parameter.requires_grad))
+    policy.folder = folder  # with the rest of what was saved
     return policy.to(device).eval()

@@ -362,6 +362,10 @@ def test_a_checkpoint_is_played_as_it_was_trained(few_states, checkpoint, monkey
         "chunks of 5, K = 4 (defaults for tabletop_press_button, --noise-level), deterministic ODE (a)" in out
     )
     assert "chunks of 3, K = 2 (as it was trained, --noise-level), deterministic ODE (b)" in out
+    monkeypatch.setattr("layouts.download", {"owner/name": tmp_path / "inside"}.get)  # there is no network
+    main(Args(checkpoints=("owner/name",), env_id="tabletop_press_button"))
+    assert seen[3:] == [(3, 2, 0.7)]
+    capsys.readouterr()
     (tmp_path / "inside" / "args.json").write_text(json.dumps(told | {"denoise_steps": "four"}))
     with pytest.raises(SystemExit):
         main(args)
