@@ -507,8 +507,9 @@ def soak(minutes):
             time.sleep(1)
         os.kill(child, signal.SIGTERM)
         code, text = ended(child, said)
-    # by then all has been done once; the median of a minute leaves out what a save needs for a moment
-    hours, megabytes = zip(*[(m / 60, np.median(some)) for m, some in samples.items() if m >= 2])
+    # In the first third the allocator takes what saves and evaluations need at most. The median of a minute
+    # leaves out what a save needs for a moment
+    hours, megabytes = zip(*[(m / 60, np.median(some)) for m, some in samples.items() if m >= minutes / 3])
     slope, start = np.polyfit(hours, megabytes, 1)
     errors = np.asarray(megabytes) - np.polyval([slope, start], hours)
     half = 1.96 * errors.std(ddof=2) / (np.std(hours) * math.sqrt(len(hours)))
