@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
 import draw  # noqa: E402
+import full_size  # noqa: E402
 import gradient  # noqa: E402
 import marginals  # noqa: E402
 import plot  # noqa: E402
+import schedules  # noqa: E402
 import solvers  # noqa: E402
 import variations_table  # noqa: E402
 from marginals import gaussian_end, toy_gradient, toy_return, toy_reward, toy_scores, toy_step  # noqa: E402
@@ -376,3 +380,117 @@ def test_signal_is_without_bias():
     signals, errors, variances = np.array(estimates).T
     assert signals.mean() == pytest.approx(0.5, abs=0.15) and variances.mean() == pytest.approx(50, rel=0.02)
     assert signals.std() < errors.mean() < 1.5 * signals.std()  # on the safe side
+
+
+# --- schedules.py and full_size.py ---
+
+TINY_SCHEDULES = schedules.Args(size="tiny", rounds=1, epochs=(2,), num_envs=4, micro_batch_size=2)
+
+
+def table_of(text):
+    """The rows of the last table of a text in Markdown, cell by cell, without the line under the titles."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return rows[max(i for i, row in enumerate(rows) if row[-1].startswith(("peak", "computed"))) :]
+
+
+@pytest.mark.slow
+def test_savings_change_nothing_but_the_work(capsys):
+    """The run itself compares chains and losses; a saving leaves FLOPs out, and says how many are left."""
+    schedules.compare(TINY_SCHEDULES, "expert")
+    out = capsys.readouterr().out
+    titles, *rows = table_of(out)
+    flops = [float(row[titles.index("epoch, GFLOP a chunk")]) for row in rows]
+    assert len(flops) == 6 and flops == sorted(flops, reverse=True) and len(set(flops)) == 6
+    assert float(re.search("at most (.*) of their size", out)[1]) < 1e-4
+
+
+@pytest.mark.slow
+def test_schedules_that_differ_are_found(monkeypatch, capsys):
+    """What the added passes of the expert or a camera that is seen after all would do to the losses."""
+    with monkeypatch.context() as patch:
+        pad = torch.nn.functional.pad  # a mask is filled with True
+        filled = lambda x, widths, value=0: pad(x, widths, value=value or x.dtype == torch.bool)  # noqa: E731
+        patch.setattr(torch.nn.functional, "pad", filled)
+        with pytest.raises(SystemExit):
+            schedules.compare(TINY_SCHEDULES, "vlm")
+    again = schedules.ScheduledAgent.features_again
+    monkeypatch.setattr(schedules.ScheduledAgent, "features_again", lambda *x: again(*x).flip(1) * 1.1)
+    with pytest.raises(SystemExit):
+        schedules.compare(TINY_SCHEDULES, "expert")
+    assert capsys.readouterr().err.count("not the same computation") == 2
+
+
+def test_flops_are_those_of_the_products():
+    """Attention among them: two products of B x T x S x D, and as many again for each gradient."""
+    q, k = torch.randn(2, 1, 3, 8, requires_grad=True), torch.randn(2, 1, 5, 8)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert schedules.count_flops(lambda: attend(q, k, k)) == 2 * 2 * (2 * 3 * 5 * 8)
+    assert schedules.count_flops(lambda: torch.randn(4, 8) @ torch.randn(8, 16)) == 2 * 4 * 8 * 16
+
+
+@pytest.mark.slow
+def test_scaled_pi0_has_the_cost_ratio_of_pi0():
+    """0.44 + 2.27 TFLOP to see, less the end of the last layer, over 0.036 for a denoise step."""
+    big, small = schedules.cost_ratio(schedules.PiConfig()), schedules.cost_ratio(schedules.SCALED)
+    assert 60 < big < 75 and small == pytest.approx(big, rel=0.05)
+
+
+WITHOUT = """
+import runpy, sys
+for name in ("gymnasium", "gymnasium.vector.utils", "matplotlib", "matplotlib.figure", "tensorboard",
+             "torch.utils.tensorboard", "PIL", "mujoco"):
+    sys.modules[name] = None
+flags = "--size tiny --report speed --rounds 1 --batches 1 --chunks 4 --micro-batches 2"
+sys.argv = ["schedules.py", *flags.split()]
+sys.path.insert(0, "benchmark")
+runpy.run_path("benchmark/schedules.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_speed_needs_no_gymnasium():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(table_of(done.stdout)[1][1]) > 0  # chunks per second of an update
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, script", [("pi05", "flow_noise_ppo"), ("gr00t", "flow_sde_grpo")])
+def test_full_size_runs_at_tiny_size(model, script):
+    command = [
+        sys.executable,
+        "benchmark/full_size.py",
+        "--size",
+        "tiny",
+        "--model",
+        model,
+        "--script",
+        script,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, row = table_of(done.stdout)
+    assert row[:2] == [model, script] and all(cell.endswith(" s") for cell in row[2:5])
+    gradient = float(re.search(r"gradient (\S+);", done.stdout)[1])
+    assert (gradient > 0) == (script != "flow_sde_grpo")  # which has nothing to compare: both episodes fail
+
+
+def test_random_policy_has_the_dtypes_of_a_public_one():
+    policy = full_size.random_policy(full_size.TINY["pi0"])
+    found = {parameter.dtype: parameter.requires_grad for parameter in policy.parameters()}
+    assert found == {torch.bfloat16: False, torch.float32: True}
+    names = {name for name, _ in load_policy("tiny").named_parameters() if not name.startswith("value_head")}
+    assert {name for name, _ in policy.named_parameters()} == names
+
+
+def test_products_in_fp32_are_nearer_to_the_truth():
+    """And of the dtype that they would have had, gradients too."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 300).bfloat16(), torch.randn(5, 300).bfloat16().requires_grad_()
+    with full_size.Fp32Products():
+        found = torch.nn.functional.linear(x, weight)
+        found.sum().backward()
+    truth = x.double() @ weight.double().t()
+    assert found.dtype == weight.grad.dtype == torch.bfloat16
+    assert ((found - truth).abs() <= 2**-8 * truth.abs()).all()  # rounded once
+    assert torch.allclose(weight.grad.double(), x.double().sum(0).expand(5, -1), rtol=2**-7)
