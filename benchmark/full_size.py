@@ -52,7 +52,6 @@ CONFIGS = {
 TINY = {"pi0": pi_models.TINY, "pi05": replace(pi_models.TINY, variant="pi05"), "gr00t": gr00t_models.TINY}
 ROBOTS = {"tabletop": (4, 3), "libero_goal": (8, 7)}  # numbers of state and of action
 CAMERAS = {"tabletop": 1, "libero_goal": 2}
-SHOWN = "losses/policy_loss", "flow/grad_norm"
 
 
 @dataclass
@@ -170,10 +169,10 @@ def main(args):
         f"| {args.model} | {args.script} | {' | '.join(f'{x:.1f} s' for x in seconds)} "
         f"| {peak / GIB:.1f} GiB | {computed / GIB:.1f} GiB |"
     )
-    count, (loss, gradient) = sum(p.numel() for p in policy.parameters()), (row[name] for name in SHOWN)
+    count = sum(p.numel() for p in policy.parameters())
     print(
-        f"\n{count / 1e9:.2f} billion parameters with heads, {args.env_id}, K = {K}, {chunks} chunks, loss "
-        f"{float(loss):.3g}, gradient {float(gradient):.3g}; {args.device}, {args.num_threads} thread(s) "
+        f"\n{count / 1e9:.2f} billion parameters with heads, {args.env_id}, K = {K}, {chunks} chunks, "
+        f"gradient {float(row['flow/grad_norm']):.3g}; {args.device}, {args.num_threads} thread(s) "
         f"of {os.cpu_count()} cores, torch {torch.__version__}, products of bf16 matrices in "
         f"{'bf16' if isinstance(mode, nullcontext) else 'fp32'}."
     )

@@ -13,6 +13,7 @@ little. Environments take no time here.
     python benchmark/schedules.py                               # scaled pi0, one thread; prints Markdown
     python benchmark/schedules.py --size tiny --num-envs 64 --micro-batch-size 64
     python benchmark/schedules.py --size full --device cuda     # also --report speed, see gpu.sh
+    python benchmark/schedules.py --report cost                 # by arithmetic, seconds
 """
 
 import copy
@@ -49,13 +50,13 @@ import full_size  # noqa: E402
 import memory  # noqa: E402
 
 import pi_models  # noqa: E402
-from flags import fail  # noqa: E402
+from flags import fail, paper_row  # noqa: E402
 from flow_sde_ppo import Agent, compute_advantages, now, rollout, update  # noqa: E402
 from flow_sde_ppo import Args as Flags  # noqa: E402
 from pi_models import PiConfig  # noqa: E402
 
 # pi0 with an eighth of its widths, two ninths of its depth, and 32 instead of 2048 numbers in all heads of a
-# layer: so an observation costs as many times a denoise step as in pi0, see `cost_ratio`. Pictures of 224
+# layer: so an observation costs as many denoise steps as in pi0, which the run prints. Pictures of 224
 # pixels, 256 tokens each, and 50 actions are pi0's own
 SCALED = PiConfig(
     vision_width=144, vision_mlp=538, vision_depth=6, vision_heads=4, width=256, mlp=2048, depth=4, heads=2,
@@ -70,18 +71,18 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # FLOP
 
 @dataclass
 class Args:
-    report: Literal["schedules", "speed"] = "schedules"
-    """schedules: the comparison; speed: milliseconds and memory of ours alone"""
+    report: Literal["schedules", "speed", "cost"] = "schedules"
+    """schedules: the comparison; speed: milliseconds and memory of ours alone; cost: FLOPs, by arithmetic"""
     size: Literal["tiny", "scaled", "full"] = "scaled"
     model: Literal["pi0", "pi05"] = "pi0"
     """of full size and of the tiny one"""
     critics: tuple[Literal["vlm", "expert"], ...] = ("vlm", "expert")
     epochs: tuple[int, ...] = (1, 4)
     """update epochs"""
-    num_envs: int = 4
+    num_envs: int = 8
     num_steps: int = 2
-    """chunks per environment"""
-    micro_batch_size: int = 4
+    """chunks per environment; all of an iteration are one minibatch"""
+    micro_batch_size: int = 16
     batches: tuple[int, ...] = (1, 64)
     """observations at once, in the report on speed"""
     chunks: int = 64
@@ -200,7 +201,7 @@ def build(args, critic):
     policy.need_value_head(critic, 4)
     torch.nn.init.normal_(policy.value_head.mlp[-1].weight, std=0.1)  # a new one is zero
     flags = Flags(num_envs=args.num_envs, num_steps=args.num_steps, micro_batch_size=args.micro_batch_size)
-    paper = {"mdp": "hybrid", "noisy_last_step": True, "noise_level": 0.5, "num_minibatches": 2}
+    paper = {"mdp": "hybrid", "noisy_last_step": True, "noise_level": 0.5, "num_minibatches": 1}
     groups = policy.actor_parameters(), policy.value_head.parameters()
     optimizer = torch.optim.AdamW([{"params": group, "lr": 1e-12} for group in groups])
     return policy, replace(flags, critic=critic, max_grad_norm=math.inf, **paper), optimizer
@@ -297,23 +298,50 @@ def count_flops(work):
     return counter.get_total_flops()
 
 
-def cost_ratio(config):
-    """FLOPs of an observation (two cameras) in the VLM over those of a denoise step, without data."""
+def costs(config, cameras=2, tokens=14, to_the_end=False):
+    """FLOPs of an observation in the VLM, of a denoise step, of a step with its gradients; without data."""
     with FakeTensorMode(), no_init_weights():
         policy = pi_models.Policy(config)
         size = config.image_size
         inputs = {
-            "images": torch.empty(1, 2, 3, size, size),
-            "image_mask": torch.ones(1, 2, dtype=torch.bool),
-            "tokens": torch.zeros(1, 14, dtype=torch.long),
-            "token_mask": torch.ones(1, 14, dtype=torch.bool),
+            "images": torch.empty(1, cameras, 3, size, size),
+            "image_mask": torch.ones(1, cameras, dtype=torch.bool),
+            "tokens": torch.zeros(1, tokens, dtype=torch.long),
+            "token_mask": torch.ones(1, tokens, dtype=torch.bool),
             "state": torch.empty(1, config.state_dim),
         }
         prefix = policy.encode(inputs)
         x, tau = torch.empty(1, config.horizon, config.action_dim), torch.empty(1)
-        return count_flops(lambda: policy.encode(inputs)) / count_flops(
-            lambda: policy.velocity(prefix, x, tau)
+        return (
+            count_flops(lambda: policy.encode(inputs, pool=to_the_end)),
+            count_flops(lambda: policy.velocity(prefix, x, tau)),
+            count_flops(lambda: policy.velocity(prefix, x, tau)[0].sum().backward()),
         )
+
+
+def cost():
+    """What an iteration of the paper's batch costs by arithmetic, by our schedule and by the authors'."""
+    columns = {}
+    for model in ("pi0", "pi05"):
+        config, row = full_size.CONFIGS[model], paper_row("libero_spatial", model)
+        chunks, epochs, K = row["num_envs"] * row["num_steps"], row["update_epochs"], row["denoise_steps"]
+        see, step, learn = costs(config)
+        columns[f"{model}, ours"] = chunks, epochs, see, K * step, learn
+        see, step, learn = costs(config, 3, config.max_token_len, True)
+        columns[f"{model}, authors' schedule"] = chunks, epochs, see, K * step, see + K * step + learn
+    rows = {name: [] for name in ("an observation", "denoising a chunk", "a chunk of an epoch of the update")}
+    for chunks, epochs, *parts in columns.values():
+        for cells, flops in zip(rows.values(), parts):
+            cells.append(f"{flops / 1e12:.3g}")
+        total = chunks * (parts[0] + parts[1] + epochs * parts[2])
+        rows.setdefault("**an iteration**, chunks x epochs", []).append(f"{chunks:,} x {epochs}")
+        rows.setdefault("**an iteration**", []).append(f"{total / 1e12:,.0f}")
+        for gpus in (1, 8):
+            seconds = total / (0.4 * PEAKS["H100"]) / gpus
+            rows.setdefault(f"seconds on {gpus} H100 at 40 % of the peak", []).append(f"{seconds:.0f}")
+    print(f"| TFLOP | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def compare(args, critic):
@@ -336,13 +364,8 @@ def compare(args, critic):
         fail(f"chains or losses differ by {worst:.1e}: these are not the same computation", code=1)
 
     chunks = flags.num_envs * flags.num_steps
-    titles = [
-        f"V_{critic}: ms a chunk",
-        *seconds,
-        "epoch, GFLOP a chunk",
-        "kept of a chunk, MiB",
-        "peak, GiB",
-    ]
+    titles = [f"V_{critic}: ms a chunk", *seconds, "GFLOP of an epoch, a chunk", "kept, MiB a chunk"]
+    titles += ["peak, GiB"] * (args.device == "cuda")
     print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     ratios = {}
     for name, side in sides.items():
@@ -350,14 +373,15 @@ def compare(args, critic):
         for column, of in seconds.items():
             baseline = next(iter(of.values()))
             ratios[name][column] = np.median(np.divide(baseline, of[name]))  # neighbours in time
-            cells.append(f"{1e3 * np.median(of[name]) / chunks:.3g} ({ratios[name][column]:.2f}x)")
+            milliseconds = 1e3 * np.median(of[name]) / chunks
+            cells.append(f"{milliseconds:,.1f} ({ratios[name][column]:.2f}x)")
         flops = count_flops(lambda: side.update(1)) / chunks
         kept = memory.size(side.batch.inputs.values()) / chunks / 2**20
-        cells += [f"{flops / 1e9:.3g}", f"{kept:.2f}", peak(side)]
+        cells += [f"{flops / 1e9:.3g}", f"{kept:.2f}"] + [peak(side)] * (args.device == "cuda")
         print(f"| {name} | {' | '.join(cells)} |")
     print(
         f"\nChains, values, losses and gradient norms differ by at most {worst:.0e} of their size. Medians "
-        f"of {args.rounds} rounds of {chunks} chunks, micro-batches of {args.micro_batch_size}, "
+        f"of {args.rounds} round(s) of {chunks} chunks, micro-batches of {args.micro_batch_size}, "
         f"K = {flags.denoise_steps}."
     )
     return ratios
@@ -411,6 +435,8 @@ def speed(args):
 
 def main(args):
     torch.set_num_threads(args.num_threads)
+    if args.report == "cost":
+        return cost()
     with full_size.products(args.device):
         if args.report == "speed":
             speed(args)
@@ -418,8 +444,8 @@ def main(args):
             for critic in args.critics:
                 compare(args, critic)
     if args.size == "scaled":
-        ratios = f"{cost_ratio(SCALED):.0f} times a denoise step's; in pi0 {cost_ratio(PiConfig()):.0f} times"
-        print(f"An observation costs {ratios}.")
+        (see, step, _), (full_see, full_step, _) = costs(SCALED), costs(PiConfig())
+        print(f"An observation costs {see / step:.0f} denoise steps, in pi0 {full_see / full_step:.0f}.")
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     print(
         f"\n{args.model if args.size == 'full' else args.size}, {device}, {args.num_threads} thread(s) of "
