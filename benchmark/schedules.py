@@ -325,10 +325,12 @@ def cost():
     for model in ("pi0", "pi05"):
         config, row = full_size.CONFIGS[model], paper_row("libero_spatial", model)
         chunks, epochs, K = row["num_envs"] * row["num_steps"], row["update_epochs"], row["denoise_steps"]
-        see, step, learn = costs(config)
+        expert = row["critic"] == "expert"
+        see, step, learn = costs(config, to_the_end=not expert)
         columns[f"{model}, ours"] = chunks, epochs, see, K * step, learn
         see, step, learn = costs(config, 3, config.max_token_len, True)
-        columns[f"{model}, authors' schedule"] = chunks, epochs, see, K * step, see + K * step + learn
+        again = see + K * step * expert
+        columns[f"{model}, authors' schedule"] = chunks, epochs, see, K * step, again + learn
     rows = {name: [] for name in ("an observation", "denoising a chunk", "a chunk of an epoch of the update")}
     for chunks, epochs, *parts in columns.values():
         for cells, flops in zip(rows.values(), parts):
