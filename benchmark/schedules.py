@@ -53,7 +53,7 @@ import pi_models  # noqa: E402
 from flags import fail, paper_row  # noqa: E402
 from flow_sde_ppo import Agent, compute_advantages, now, rollout, update  # noqa: E402
 from flow_sde_ppo import Args as Flags  # noqa: E402
-from pi_models import PiConfig  # noqa: E402
+from pi_models import PiConfig, Prefixes  # noqa: E402
 
 # pi0 with an eighth of its widths, two ninths of its depth, and 32 instead of 2048 numbers in all heads of a
 # layer: so an observation costs as many denoise steps as in pi0, which the run prints. Pictures of 224
@@ -141,8 +141,7 @@ class ScheduledAgent(Agent):
         if self.schedule.padded:
             for name in ("tokens", "token_mask"):
                 inputs[name] = F.pad(inputs[name], (0, PADDED - inputs[name].shape[1]), value=0)
-        prefix = self.policy.encode(inputs)
-        return prefix, inputs if self.schedule.prefix_again else prefix._asdict()
+        return self.policy.encode(inputs), inputs
 
     def evaluate_actions(self, prefix, chain, denoise_idx):
         self.chain = chain
@@ -207,15 +206,16 @@ def build(args, critic):
     return policy, replace(flags, critic=critic, max_grad_norm=math.inf, **paper), optimizer
 
 
-def storage(agent, inputs, flags):
+def storage(agent, prefix, inputs, flags):
     """What flow_sde_ppo.py's `main` makes for a rollout."""
     c, device = agent.policy.config, agent.policy.device
+    room = (0, 0) if agent.schedule.prefix_again else (None, None)
 
     def zeros(*shape, dtype=torch.float32):
         return torch.zeros((flags.num_steps, flags.num_envs, *shape), dtype=dtype, device=device)
 
     return SimpleNamespace(
-        inputs={name: zeros(*field.shape[1:], dtype=field.dtype) for name, field in inputs.items()},
+        prefixes=Prefixes(agent.policy, flags.num_steps, flags.num_envs, prefix, inputs, *room),
         chain=zeros(flags.denoise_steps + 1, c.horizon, c.action_dim),
         denoise_idx=zeros(1, dtype=torch.long),
         logprob=zeros(1),
@@ -236,7 +236,7 @@ class Side:
         self.agent = ScheduledAgent(policy, flags, schedule)
         self.envs = Pictures(policy.config, flags.num_envs, flags.num_steps)
         self.first = self.envs.obs[0], *self.agent.encode(self.envs.obs[0])
-        self.batch = storage(self.agent, self.first[2], flags)
+        self.batch = storage(self.agent, *self.first[1:], flags)
 
     def random(self, seed):
         return torch.Generator(self.agent.policy.device).manual_seed(seed)
@@ -253,7 +253,7 @@ class Side:
 
     def use_chunks(self, batch):
         """Those of another side, but for what the VLM read or gave."""
-        self.batch = SimpleNamespace(**{**vars(batch), "inputs": self.batch.inputs})
+        self.batch = SimpleNamespace(**{**vars(batch), "prefixes": self.batch.prefixes})
 
 
 def finish(batch, flags, generator):
@@ -378,7 +378,8 @@ def compare(args, critic):
             milliseconds = 1e3 * np.median(of[name]) / chunks
             cells.append(f"{milliseconds:,.1f} ({ratios[name][column]:.2f}x)")
         flops = count_flops(lambda: side.update(1)) / chunks
-        kept = memory.size(side.batch.inputs.values()) / chunks / 2**20
+        fields = [field for _, _, fields in side.batch.prefixes.parts for field in fields.values()]
+        kept = memory.size(fields) / chunks / 2**20
         cells += [f"{flops / 1e9:.3g}", f"{kept:.2f}"] + [peak(side)] * (args.device == "cuda")
         print(f"| {name} | {' | '.join(cells)} |")
     print(
