@@ -24,6 +24,10 @@ The contract. A simulator is a class in a file of simulators/ and a line in SIMU
     step(action)                 (reward, success), for an action (D,) in [-1, 1]
     render(size)                 a picture for people, (size, size, 3) uint8
     expert_action()              optional: the action (D,) of a scripted expert
+    targets(), places()          optional, for stage 0 of flow_sft.py: where source and destination of the
+                                 instruction are, (W,), and where everything is, in units of which the gripper
+                                 reaches 0.16. Then there is expert_action(aim_error), and the error is (W,)
+    image_size                   optional, of the class: the size of its pictures. Then __init__ takes another
     about                        optional: what the protocol line of an evaluation has to say of it
     variations                   optional, of the class: {env_id: {the id of an unseen variation: its group}}
 
@@ -69,13 +73,15 @@ def make_envs(
     group_size: int = 1,
     obs_mode: str = "rgb",
     protocol: str = "paper",
+    image_size: int | None = None,
     patience: float = 300,
 ) -> gym.vector.VectorEnv:
     """`partial_reset`: an environment whose episode ended starts a new one instead of waiting for reset().
 
     `group_size`: at a reset, so many neighbours start from the same state and task. Not by a partial reset.
     `obs_mode`: "state" is without pictures, and the state is all that the simulator tells; "fast" pictures
-    are without shadows. `protocol`: whose step limit, where openpi's or lerobot's is not the paper's.
+    are without shadows, and MetaWorld and LIBERO draw them at `image_size`, the policy's, not at their own.
+    `protocol`: whose step limit, where openpi's or lerobot's is not the paper's.
     `patience`: seconds after which a process in which nothing has moved is taken to hang.
     """
     simulator = find_simulator(env_id)
@@ -85,7 +91,9 @@ def make_envs(
         fail(f"group_size {group_size} does not divide num_envs {num_envs}")
     if issubclass(simulator, gym.vector.VectorEnv):
         return simulator(env_id, num_envs, seed, partial_reset, group_size, obs_mode, protocol)
-    build = functools.partial(simulator, env_id, obs_mode, protocol)
+    drawn = obs_mode == "fast" and image_size and hasattr(simulator, "image_size")
+    size = {"image_size": image_size} if drawn else {}
+    build = functools.partial(simulator, env_id, obs_mode, protocol, **size)
     return Simulators(env_id, build, num_envs, seed, partial_reset, group_size, patience)
 
 

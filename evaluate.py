@@ -32,7 +32,7 @@ import torch
 
 import cards
 import flow_sde_ppo
-from envs import find_variations, make_envs, write_gif
+from envs import find_simulator, find_variations, make_envs, write_gif
 from flags import check_effects, check_ranges, fail, possible, read
 from flow_sde_ppo import Agent, evaluate
 from pi_models import load_policy
@@ -49,7 +49,7 @@ class Args:
     env_id: str = "tabletop"
     """environment; an unknown name lists the nearest ones"""
     obs_mode: Literal["rgb", "fast", "state"] = "rgb"
-    """fast: pictures without shadows; state: numbers, no pictures"""
+    """fast: pictures without shadows, of the policies' size; state: numbers, no pictures"""
     variations: bool = False
     """also the out-of-distribution variations of it, as in Table 3: of tabletop and maniskill_25main"""
     eval_protocol: Literal["paper", "openpi"] = "paper"
@@ -200,6 +200,7 @@ def play(args, envs, players, filmed):
     envs.close()
     protocol = asdict(args) | {"env_id": envs.env_id, "num_states": num_states, "chain_limit": limit}
     protocol |= {"max_episode_steps": envs.max_episode_steps, "about": getattr(envs, "about", "")}
+    protocol["pictures"] = envs.single_observation_space["images"].shape
     protocol["torch"] = torch.__version__
     means = [None] * len(envs.tasks) if expert is None else expert.mean(axis=1).tolist()
     report = {"protocol": protocol, "expert_length": dict(zip(envs.tasks, means)), "results": results}
@@ -216,8 +217,8 @@ def records(run, envs, policy, seed):
     return [told | {"seed": seed} | dict(zip(names, row)) for row in zip(*columns)]
 
 
-def build(args, env_id):
-    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol}
+def build(args, env_id, image_size):
+    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol, "image_size": image_size}
     envs = make_envs(env_id, args.num_envs, 0, partial_reset=False, **mode)
     if envs.num_eval_envs != args.num_envs:  # the tabletop's: a state gets the same noise as in training
         envs = make_envs(env_id, envs.num_eval_envs, 0, partial_reset=False, **mode)
@@ -244,8 +245,10 @@ def main(args):
     gif = gif or (card and os.path.join(os.path.dirname(card), cards.GIF))
     torch.set_num_threads(args.num_threads)
     groups = find_variations(args.env_id) if args.variations else {}
-    envs, *others = (build(args, env_id) for env_id in (args.env_id, *groups))  # before hours of episodes
+    find_simulator(args.env_id)  # before a checkpoint is downloaded
     policies = [load_policy(checkpoint, device) for checkpoint in args.checkpoints]
+    size = max(policy.config.image_size for policy in policies)
+    envs, *others = (build(args, env_id, size) for env_id in (args.env_id, *groups))  # before hours
     samplers = [sampler(args, *pair) for pair in zip(args.checkpoints, policies)]
     for policy in policies:
         policy.check_robot(*(envs.single_observation_space["state"].shape + envs.single_action_space.shape))

@@ -33,7 +33,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from envs import make_envs, select_rows, write_gif
+from envs import find_simulator, make_envs, select_rows, write_gif
 from flags import check_ranges, fail, paper_row, parse
 from pi_models import TINY_POLICIES, Policy, Prefix, Prefixes, load_policy
 from ranks import add_gradients, gather, join
@@ -59,7 +59,7 @@ class Args:
     env_id: str = "tabletop"  # environment; an unknown name lists the nearest ones
     model: Literal["tiny", "pi0", "pi05", "gr00t"] = "pi0"  # whose row of paper.toml, together with --env-id
     checkpoint: str = "checkpoints/tabletop-sft"  # policy to start from: a folder, a hub id, or "tiny"
-    obs_mode: Literal["rgb", "fast", "state"] = "rgb"  # fast: no shadows; state: numbers, no pictures
+    obs_mode: Literal["rgb", "fast", "state"] = "rgb"  # fast: small, no shadows; state: no pictures
     eval_protocol: Literal["paper", "openpi"] = "paper"  # whose step limits
     num_envs: int = 512  # parallel environments, of all ranks together
     num_steps: int = 2  # action chunks per environment and iteration
@@ -387,6 +387,7 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0, rank=0, ranks=1)
 def check(args: Args):
     """The user's mistakes, before anything is built or written."""
     check_ranges(args)
+    find_simulator(args.env_id)  # before a checkpoint is downloaded
     batch_size, low, high = args.num_envs * args.num_steps, args.noise_std_min, args.noise_std_max
     odd = f"{batch_size} chunks (num_envs x num_steps) do not divide into {args.num_minibatches} minibatches"
     for wrong, message in [
@@ -409,11 +410,11 @@ def main(args: Args):
         fail(f"--num-envs {args.num_envs} cannot be dealt to {ranks} ranks")
     num_envs, seed = args.num_envs // ranks, args.seed + 1_000_003 * rank  # this rank's
     torch.set_num_threads(args.num_threads)
-    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol}
-    envs = make_envs(args.env_id, num_envs, seed, args.partial_reset, **mode)
-    eval_envs = make_envs(args.env_id, envs.num_eval_envs, seed, False, **mode)
     torch.manual_seed(args.seed)  # initial weights of the heads
     policy = load_policy(args.checkpoint, device)
+    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol, "image_size": policy.config.image_size}
+    envs = make_envs(args.env_id, num_envs, seed, args.partial_reset, **mode)
+    eval_envs = make_envs(args.env_id, envs.num_eval_envs, seed, False, **mode)
     robot = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
     if args.checkpoint in TINY_POLICIES and not args.env_id.startswith("tabletop"):  # whose robot it knows
         policy.fit_robot(*robot)

@@ -47,10 +47,10 @@ class Args:
     """where the scripted expert demonstrates"""
     checkpoint: str = "tiny"
     """policy to start from: a folder, "tiny" or "tiny-gr00t"; with --pretrain, which of these two to make"""
-    obs_mode: Literal["rgb", "state"] = "rgb"
-    """state: without pictures, the state is all that the simulator tells"""
+    obs_mode: Literal["rgb", "fast", "state"] = "rgb"
+    """fast: pictures without shadows, of the policy's size; state: numbers only, all that there are"""
     num_envs: int = 64
-    """parallel environments that demonstrate"""
+    """parallel environments that demonstrate; in stage 0 on the tabletop the batch says how many"""
     output: str = ""
     """folder to write; default checkpoints/{env_id}-sft (-gr00t), with --pretrain the checkpoint's own"""
     num_demos: int = 5
@@ -71,6 +71,14 @@ class Args:
     """stage 0: the policy whose vision tower to take, as it is; else it learns from nothing"""
     vlm_steps: int = 3000
     """stage 0: optimiser steps of the VLM"""
+    num_scenes: int = 0
+    """stage 0: pictures that the VLM learns from again and again; 0: each only once, where drawing is free"""
+    scene_chunks: int = 3
+    """stage 0: pictures from the beginning of an episode, a chunk apart, then a new one begins"""
+    image_size: int = 32
+    """stage 0: pixels of a picture's side"""
+    patch_size: int = 8
+    """stage 0: pixels of a patch's side"""
     play_steps: int = 2000
     """stage 0: optimiser steps of the action expert"""
     play_episodes: int = 40
@@ -103,7 +111,7 @@ def collect_demonstrations(envs, num_demos, horizon, sloppiness=0.0, rng=None):
         seen, acted, alive, aim_error = [], [], np.ones(envs.num_envs, bool), 0.0
         while alive.any():
             if sloppiness and len(acted) % 10 == 0:
-                aim_error = rng.normal(0, sloppiness, (envs.num_envs, 4))
+                aim_error = rng.normal(0, sloppiness, envs.targets().shape)
             action = envs.expert_action(aim_error)  # (N, D)
             seen.append(obs)
             acted.append(action)
@@ -116,8 +124,13 @@ def collect_demonstrations(envs, num_demos, horizon, sloppiness=0.0, rng=None):
                     observations += [{k: v[n] for k, v in o.items()} for o in seen]
                     chunks += [np.stack(rest[i : i + horizon]) for i in range(len(seen))]
             alive &= ~ended
+    return stack(observations), np.stack(chunks)
+
+
+def stack(observations):
+    """One observation of many from a list of them."""
     columns = {k: [o[k] for o in observations] for k in observations[0]}
-    return {k: v if k == "prompt" else np.stack(v) for k, v in columns.items()}, np.stack(chunks)
+    return {k: v if k == "prompt" else np.stack(v) for k, v in columns.items()}
 
 
 def finetune(policy, obs, actions, steps, learning_rate, batch_size, generator):
@@ -140,8 +153,35 @@ def finetune(policy, obs, actions, steps, learning_rate, batch_size, generator):
     return loss.item()
 
 
-def pretrain_vlm(policy, envs, args, rng):
-    """Stage 0, part 1. Returns how far the last guesses were from source and destination (M, 2)."""
+def draw_scenes(envs, scene_chunks, rng):
+    """Observations without an end, and where source and destination, and everything, are in them."""
+    step, (obs, _) = 0, envs.reset()
+    while True:
+        yield obs, envs.targets(), envs.places().reshape(envs.num_envs, -1).astype(np.float32)
+        step += 1
+        if step % scene_chunks:  # as they look in the middle of an episode: the expert with a heavy tremor
+            action = envs.expert_action()
+            noise = rng.normal(0, 0.5, (envs.num_envs, rng.integers(2, 9), action.shape[1]))
+            obs, *_ = envs.step_chunk(action[:, None] + noise)
+        else:
+            obs, _ = envs.reset()
+
+
+def repeat_scenes(scenes, num_scenes, batch_size, rng):
+    """Batches without an end, from so many scenes that are drawn once."""
+    drawn, progress = [], tqdm(total=num_scenes, desc="scenes", mininterval=1)
+    while len(drawn) < num_scenes:
+        obs, targets, places = next(scenes)
+        drawn += [({k: v[n] for k, v in obs.items()}, *told) for n, told in enumerate(zip(targets, places))]
+        progress.update(len(targets))
+    progress.close()
+    while True:
+        observations, *told = zip(*(drawn[i] for i in rng.integers(len(drawn), size=batch_size)))
+        yield stack(observations), *map(np.stack, told)
+
+
+def pretrain_vlm(policy, scenes, fresh, args):
+    """Stage 0, part 1. Returns how far guesses are from source and destination of fresh scenes (M, 2)."""
 
     def head(width, out):
         return nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, out))
@@ -152,37 +192,40 @@ def pretrain_vlm(policy, envs, args, rng):
         prefix = policy.encode(inputs, pool=True)
         return [*prefix.read, prefix.pooled], policy.embed_images(inputs["images"]).mean(dim=1)
 
-    obs, _ = envs.reset()
+    def off(guesses, targets):
+        """Distances (B, 2) of what is guessed from the deepest that the expert sees."""
+        return (guesses[-2].detach().cpu() - torch.from_numpy(targets)).unflatten(1, (2, -1)).norm(dim=2)
+
+    obs, targets, places = next(scenes)
     widths = [x.shape[1] for x in read(obs)[0]]
-    goal_heads = nn.ModuleList(head(width, 4) for width in widths)  # source and destination (x, y)
-    scene_head = head(policy.config.width, 14)  # seven objects (x, y)
+    goal_heads = nn.ModuleList(head(width, targets.shape[1]) for width in widths)
+    scene_head = head(policy.config.width, places.shape[1])
     learns = [part for part in policy.vlm_modules if not (args.vision and part is policy.vision_tower)]
     modules = [*learns, goal_heads, scene_head]
     parameters = [p.requires_grad_() for module in modules for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.pretrain_learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.pretrain_learning_rate, args.vlm_steps)
-    progress, errors = tqdm(range(args.vlm_steps), desc="VLM", mininterval=1), []
+    progress = tqdm(range(args.vlm_steps), desc="VLM", mininterval=1)
     for step in progress:
-        if step % 3:  # scenes as they look in the middle of an episode: the expert with a heavy tremor
-            noise = rng.normal(0, 0.5, (envs.num_envs, rng.integers(2, 9), 3))
-            obs, *_ = envs.step_chunk(envs.expert_action()[:, None] + noise)
-        elif step:
-            obs, _ = envs.reset()
+        if step:
+            obs, targets, places = next(scenes)
         known, patches = read(obs)
-        guesses = torch.stack([head(x) for head, x in zip(goal_heads, known)], dim=1)  # (B, heads, 4)
-        goals = torch.from_numpy(envs.targets()).to(policy.device)[:, None].expand_as(guesses)
-        seen = scene_head(patches)  # (B, 14)
-        scene = torch.from_numpy(envs.places().astype(np.float32)).to(policy.device).flatten(1)
+        guesses = torch.stack([head(x) for head, x in zip(goal_heads, known)])  # (heads, B, W)
+        goals = torch.from_numpy(targets).to(policy.device).expand_as(guesses)
+        seen, scene = scene_head(patches), torch.from_numpy(places).to(policy.device)  # (B, numbers) twice
         loss = F.smooth_l1_loss(guesses, goals, beta=0.05) + F.smooth_l1_loss(seen, scene, beta=0.05)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        deepest = (guesses - goals)[:, -2].detach()  # of what the expert sees
-        errors = [*errors[-19:], deepest.unflatten(1, (2, 2)).norm(dim=2)]
         if step % 50 == 49:
-            progress.set_postfix_str(f"median error {torch.cat(errors).median():.3f}")
+            progress.set_postfix_str(f"median error {off(guesses, targets).median():.3f}")
+    errors = []
+    with torch.no_grad():
+        for _ in range(20):
+            obs, targets, _ = next(fresh)
+            errors.append(off([head(x) for head, x in zip(goal_heads, read(obs)[0])], targets))
     return torch.cat(errors)
 
 
@@ -214,15 +257,23 @@ def word_tokenizer(sentences):
 
 def pretrain(args):
     """Stage 0: a policy from random weights, the VLM first, then the action expert on top of it."""
-    envs = make_envs(args.env_id, args.batch_size, args.seed)
-    policy = new_policy(args.checkpoint).to(args.device)
+    num_envs, num_players = (args.num_envs,) * 2 if args.num_scenes else (args.batch_size, 256)
+    mode = {"obs_mode": args.obs_mode, "image_size": args.image_size}
+    envs = make_envs(args.env_id, num_envs, args.seed, **mode)
+    policy = new_policy(args.checkpoint, image_size=args.image_size, patch_size=args.patch_size)
+    policy.to(args.device)
     policy.fit_robot(*(envs.single_observation_space["state"].shape + envs.single_action_space.shape))
     others = [task["instruction"] for task in METAWORLD.values()]
     policy.tokenizer_json = word_tokenizer(envs.prompts + others)
     policy.fit_prompts(envs.prompts)
     if args.vision:  # SigLIP in both families
         policy.vision_tower.load_state_dict(load_policy(args.vision).vision_tower.state_dict())
-    errors = pretrain_vlm(policy, envs, args, np.random.default_rng(args.seed))
+    rng = np.random.default_rng(args.seed)
+    scenes = fresh = draw_scenes(envs, args.scene_chunks, rng)
+    if args.num_scenes:
+        scenes = repeat_scenes(fresh, args.num_scenes, args.batch_size, rng)
+    errors = pretrain_vlm(policy, scenes, fresh, args)
+    envs.close()
     p90, within = errors.quantile(0.9).item(), (errors < 0.1).all(dim=1).float().mean().item()
     found = f"median error {errors.median():.3f}, p90 {p90:.3f}, both targets within 0.1 in {within:.1%}"
     if p90 >= 0.08:
@@ -231,7 +282,7 @@ def pretrain(args):
         module.requires_grad_(False)
 
     rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
-    envs = make_envs(args.env_id, 256, args.seed + 1000, partial_reset=False)
+    envs = make_envs(args.env_id, num_players, args.seed + 1000, partial_reset=False, **mode)
     play = collect_demonstrations(envs, args.play_episodes, policy.config.horizon, args.sloppiness, rng)
     rows = rng.permutation(len(play[1]))[:20000]  # bounds the memory of the cached keys and values
     obs, actions = select_rows(play[0], rows), play[1][rows]
@@ -248,16 +299,19 @@ def check(args):
     """The user's mistakes, before anything is built or trained."""
     check_ranges(args)
     check_effects(args, Args())
-    choices = " or ".join(TINY_POLICIES)
+    choices, simulator = " or ".join(TINY_POLICIES), find_simulator(args.env_id)
     changed = {name for name, value in vars(args).items() if value != getattr(Args, name)}
     stage_0 = {"vision", "vlm_steps", "play_steps", "play_episodes", "sloppiness", "pretrain_learning_rate"}
     stage_1 = {"num_envs", "num_demos", "total_steps", "learning_rate"}
     for name in sorted(changed & (stage_1 if args.pretrain else stage_0)):
         fail(f"--{name.replace('_', '-')} has no effect {'with' if args.pretrain else 'without'} --pretrain")
     for wrong, message in [
-        (args.pretrain and not args.env_id.startswith("tabletop"), "--pretrain is for the tabletop only"),
+        (
+            args.pretrain and not hasattr(simulator, "targets"),
+            "--pretrain: tabletop and MetaWorld only",
+        ),
         (args.pretrain and args.checkpoint not in TINY_POLICIES, f"--pretrain makes {choices} only"),
-        (not hasattr(find_simulator(args.env_id), "expert_action"), f"{args.env_id} has no scripted expert"),
+        (not hasattr(simulator, "expert_action"), f"{args.env_id} has no scripted expert"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ]:
         if wrong:

@@ -633,12 +633,12 @@ def read_config(tensors, told):
     return layouts.make_config(PiConfig, tensors, sizes, rest, told if "vision_heads" in told else {})
 
 
-def new_policy(name: str) -> Policy:
-    """One of TINY_POLICIES before its pre-training."""
+def new_policy(name: str, **sizes) -> Policy:
+    """One of TINY_POLICIES before its pre-training, with some sizes of another number."""
     import gr00t_models
 
     family = {"tiny": sys.modules[__name__], "tiny-gr00t": gr00t_models}[name]
-    return family.Policy(family.TINY)
+    return family.Policy(dataclasses.replace(family.TINY, **sizes))
 
 
 def load_policy(path_or_name: str | os.PathLike, device="cpu") -> Policy:

@@ -45,6 +45,8 @@ def describe(pipe, build):
         told |= {key: value.shape for key, value in simulator.observe().items() if key != "prompt"}
         optional = {"more_prompts": [], "about": ""}
         told |= {name: getattr(simulator, name, usual) for name, usual in optional.items()}
+        places = [name for name in ("targets", "places") if hasattr(simulator, name)]
+        told["privileged"] = {name: getattr(simulator, name)().shape for name in places}
     except ModuleNotFoundError as error:
         told = f"{build.func.__name__} is not installed here ({error}): make install"
     except Exception as error:
@@ -130,7 +132,14 @@ class Block:
                     film[:, row] = simulator.render(256)
         return reward, success, truncated, film
 
-    def expert_action(self, alive):
+    def expert_action(self, alive, *aim_error):
         for row in np.flatnonzero(alive):
             with self._guard(row):
-                self.shared["action"][row] = self.simulators[row].expert_action()
+                error = (one[row] for one in aim_error)
+                self.shared["action"][row] = self.simulators[row].expert_action(*error)
+
+    def tell(self, alive, what):
+        """Privileged places, for stage 0 of flow_sft.py; no observation has them."""
+        for row in np.flatnonzero(alive):
+            with self._guard(row):
+                self.shared[what][row] = getattr(self.simulators[row], what)()

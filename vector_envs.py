@@ -98,6 +98,7 @@ class Simulators(gym.vector.VectorEnv):
         workers = max(n for n in range(1, max(cores, 1) + 1) if num_envs % n == 0)
         arrays = {"images": (told["images"], np.uint8), "state": (told["state"], np.float32)}
         arrays |= {"action": (self.single_action_space.shape, np.float32), "length": ((), int)}
+        arrays |= {name: (shape, np.float32) for name, shape in told["privileged"].items()}
         arrays |= {"busy": ((), bool)}  # the process is with this one
         shared = {}  # what the processes write and the run reads: shape, type, memory
         for name, (shape, dtype) in arrays.items():
@@ -259,8 +260,19 @@ class Simulators(gym.vector.VectorEnv):
         return obs, reward, terminated, truncated, info
 
     def expert_action(self, aim_error=0):
-        self._ask("expert_action", self.alive)
+        """Actions (N, D); an aim_error (N, W) is in the units of `targets`."""
+        self._ask("expert_action", self.alive, *([aim_error] if np.ndim(aim_error) else []))
         return self.shared["action"].copy()
+
+    def targets(self):
+        """Privileged: where source and destination of the instruction are, (N, W) float32."""
+        self._ask("tell", self.alive, "targets")
+        return self.shared["targets"].copy()
+
+    def places(self):
+        """Privileged: where everything is, (N, things, coordinates) float32."""
+        self._ask("tell", self.alive, "places")
+        return self.shared["places"].copy()
 
     def close(self):
         for process, pipe in self.processes or ():

@@ -5,7 +5,8 @@ instruction, goal as predicates) and a file of fifty initial states, which evalu
 
     state    position (3) and axis-angle (3) of the end effector, the two fingers (2)
     action   motion (3) and rotation (3) of the end effector, gripper (1): -1 opens, 1 closes
-    picture  2 x 256 x 256, agentview and robot0_eye_in_hand, mirrored as in the public demonstrations
+    picture  2 x 256 x 256, agentview and robot0_eye_in_hand, mirrored as in the public demonstrations;
+             fast: of the policy's size
     success  the goal's predicates hold
 
 An episode begins with the scene's reset, an initial state, and ten steps in which the objects settle. The
@@ -53,13 +54,15 @@ class Libero:
     trials = ("libero_goal", "state"), ("libero_goal", "rgb")
     action_dim = 7
     num_eval_states, train_states = 50, (0, 50)  # all that there are
+    image_size = 256
     # What a picture depends on. robosuite takes a step's observation in the 24th of its 25 substeps; these
     # are noted there and drawn when asked for: its own cameras' pictures, but not one for every step.
     POSES = "geom_xpos geom_xmat site_xpos site_xmat cam_xpos cam_xmat light_xpos light_xdir".split()
 
-    def __init__(self, env_id, obs_mode, protocol):
+    def __init__(self, env_id, obs_mode, protocol, image_size=image_size):
         os.environ.setdefault("MUJOCO_GL", "egl")
         self.suite, self.obs_mode, self.task, self.env = env_id, obs_mode, None, None
+        self.image_size = image_size
         self.folder = import_libero()
         reduced = os.path.basename(os.environ.get("LIBERO_ASSETS", "").rstrip("/"))
         self.about = f"assets of {reduced}" if reduced else "original assets"
@@ -128,7 +131,8 @@ class Libero:
         state = np.concatenate([self.obs["robot0_eef_pos"], axis_angle, self.obs["robot0_gripper_qpos"]])
         images = np.zeros((0, 1, 1, 3), np.uint8)
         if self.obs_mode != "state":  # the checkpoints were trained on mirrored pictures
-            images = np.stack([self.render(256, eye)[:, ::-1] for eye in ("agentview", "robot0_eye_in_hand")])
+            cameras = "agentview", "robot0_eye_in_hand"
+            images = np.stack([self.render(self.image_size, camera)[:, ::-1] for camera in cameras])
         return {"images": images, "state": state.astype(np.float32)}
 
     def render(self, size, camera="agentview"):

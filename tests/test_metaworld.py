@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("metaworld", reason="MetaWorld is not installed: make install")
 from conftest import Silent
@@ -16,7 +17,9 @@ from PIL import Image
 
 import flow_sde_ppo
 import flow_sft
-from envs import make_envs
+from envs import find_simulator, make_envs
+from flow_sde_ppo import Agent
+from pi_models import load_policy
 from simulators.metaworld import METAWORLD, MetaWorld, metaworld_tasks, touching_object
 
 THEIR_TOUCHING_OBJECT = env_dict.SawyerXYZEnv.touching_object  # a MetaWorld of ours replaces it
@@ -57,7 +60,7 @@ def wander(n, steps, seed=0):
 # --- tasks ---
 
 
-def test_tasks():
+def test_tasks(capsys):
     assert len(METAWORLD) == 50 and set(METAWORLD) == set(env_dict.ALL_V3_ENVIRONMENTS)
     classes = Counter(task["difficulty"] for task in METAWORLD.values())
     assert classes == {"easy": 28, "medium": 11, "hard": 6, "very hard": 5}
@@ -66,6 +69,11 @@ def test_tasks():
     assert set(metaworld_tasks("ml45")) == set(env_dict.ML45_V3["train"])
     assert set(metaworld_tasks("ml45_test")) == set(env_dict.ML45_V3["test"])
     assert metaworld_tasks("push-v3") == metaworld_tasks("push") == ["push-v3"]
+    assert metaworld_tasks("push+reach-v3+push") == ["push-v3", "reach-v3"]
+    assert find_simulator("metaworld_push+reach") is MetaWorld
+    with pytest.raises(SystemExit):
+        make_envs("metaworld_push+reech", 2, 0)
+    assert capsys.readouterr().err == "error: metaworld_push+reech: MetaWorld has no task 'reech'\n"
 
 
 # --- chunks and ends ---
@@ -245,6 +253,80 @@ def test_fast_pictures_and_films(picture):
     envs.record = 0
     assert "frames" not in envs.step_chunk(wander(3, 1))[4]
     envs.close()
+
+
+def test_pictures_of_the_policys_size():
+    """Fast ones are drawn at the size that is asked for; rgb are the simulator's own."""
+    envs, simulator = (
+        make(2, "push-v3", obs_mode="fast", image_size=64),
+        MetaWorld("metaworld_push-v3", "fast", "paper"),
+    )
+    obs, _ = envs.reset(options={"eval_states": [3, 4]})
+    assert obs["images"].shape == (2, 1, 64, 64, 3) and obs["state"].shape == (2, 4)
+    for n, state in enumerate((3, 4)):
+        simulator.reset(0, state)
+        np.testing.assert_array_equal(obs["images"][n, 0], simulator.render(64))
+    envs.close()
+    own = make(1, "push-v3", obs_mode="rgb", image_size=64)
+    assert own.single_observation_space["images"].shape == (1, 480, 480, 3)
+
+
+def test_no_privileged_number_reaches_the_policy(picture):
+    """All that is known of objects and goal set to zero: the same observation, and the same actions."""
+    simulator, _ = picture
+    policy = load_policy("tiny")
+    policy.fit_robot(4, 4)
+    agent = Agent(policy, flow_sde_ppo.Args())
+
+    def act(state, images, prompt):
+        obs = {"images": images[None], "state": state[None], "prompt": [prompt]}
+        prefix = policy.encode(policy.preprocess(obs))
+        chain, *_ = agent.act(prefix, torch.Generator().manual_seed(0), deterministic=True)
+        return policy.postprocess(chain[:, -1], obs)
+
+    simulator.reset(0, 7)
+    seen, prompt = simulator.observe(), simulator.prompts["push-v3"]
+    assert set(seen) == {"images", "state"} and seen["state"].shape == (4,)
+    before, known = act(**seen, prompt=prompt), simulator.obs.copy()
+    assert (known[[4, 5, 36, 37]] != 0).all()  # where the puck is, and the goal
+    simulator.obs[4:] = 0
+    again = simulator.observe()
+    simulator.obs_mode = "state"
+    assert not np.array_equal(simulator.observe()["state"], known.astype(np.float32))  # which would see it
+    simulator.obs_mode = "rgb"
+    np.testing.assert_array_equal(act(**again, prompt=prompt), before)
+    moved = seen["images"].copy()
+    moved[:, 200:300, 200:300] = 0  # a picture is read
+    assert np.abs(act(seen["state"], moved, prompt) - before).max() > 1e-4
+
+
+def test_targets(envs):
+    """Stage 0 is told where MuJoCo has the puck and the goal; a wrong aim leads the expert beside them."""
+    simulator = MetaWorld("metaworld_push-v3", "state", "paper")
+    simulator.reset(0, 5)
+    metres = (simulator.places() / 8 + [0, 0.7, 0.1]).astype(np.float64)
+    np.testing.assert_allclose(metres[0], simulator.env.data.body("hand").xpos, atol=0.1)
+    np.testing.assert_allclose(metres[1], simulator.env.data.body("obj").xpos, atol=1e-3)
+    np.testing.assert_allclose(metres[2], simulator.env.data.site("goal").xpos, atol=1e-3)
+    np.testing.assert_array_equal(simulator.targets(), simulator.places()[1:].flatten())
+    simulator.reset(0, 6)  # the marker is moved by a reset too, not by the first step
+    np.testing.assert_allclose(simulator.env.data.site("goal").xpos, simulator.obs[36:39], atol=1e-3)
+    ends = []
+    for error in (0, np.float32([0.8, 0, 0, 0, 0, 0])):  # 10 cm beside the puck
+        simulator.reset(0, 5)
+        for _ in range(25):
+            simulator.step(simulator.expert_action(error))
+        ends.append(simulator.obs[:3].copy())
+    assert 0.07 < ends[1][0] - ends[0][0] < 0.13
+
+    vector = make(2, "push-v3")
+    vector.reset(options={"eval_states": [4, 5]})
+    simulator.reset(0, 5)
+    np.testing.assert_array_equal(vector.targets()[1], simulator.targets())
+    np.testing.assert_array_equal(vector.places()[1], simulator.places())
+    errors = np.float32([[0] * 6, [0.8, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(vector.expert_action(errors)[1], simulator.expert_action(errors[1]))
+    vector.close()
 
 
 # --- scripts ---
