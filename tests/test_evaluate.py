@@ -195,7 +195,11 @@ def test_without_a_success_there_is_no_length():
     report = {"protocol": protocol, "expert_length": {"a": 9.0, "b": 9.0}, "results": [result]}
     assert cells(markdown(report))["length of successes"] == ["", "-"]
     protocol["about"] = "what it is"  # as a simulator says of itself
-    assert "\nProtocol: x (what it is), rgb observations" in markdown(report)
+    assert "\nProtocol: x (what it is), rgb observations, 4 fixed states" in markdown(report)
+    protocol["pictures"] = (2, 64, 48, 3)
+    assert "rgb observations, 2 of 64 x 48 pixels, 4 fixed states" in markdown(report)
+    protocol["pictures"] = (0, 1, 1, 3)
+    assert "rgb observations, 4 fixed states" in markdown(report)
     tasks = {f"task {i}": 9.0 for i in range(101)}  # too many for a table: only the mean is left
     many = result | {"tasks": dict.fromkeys(tasks, {"success_rate": 0, "successes": 0, "episodes": 1})}
     assert "task 7" not in markdown(report | {"expert_length": tasks, "results": [many]})

@@ -106,6 +106,8 @@ def test_pictures_of_a_chunk():
     assert np.array_equal(last[:, ::-1], after["images"][0, 0])  # people see it upright, the policy mirrored
     assert not np.array_equal(info["frames"][0][0], last)
     envs.close()
+    small = make_envs("libero_goal", 1, 0, obs_mode="fast", image_size=64)
+    assert small.single_observation_space["images"].shape == (2, 64, 64, 3)
 
 
 @draws

@@ -332,6 +332,32 @@ def test_targets(envs):
 # --- scripts ---
 
 
+def test_pretrain(tmp_path, monkeypatch, picture):
+    """Stage 0 from MetaWorld's pictures in a few steps: scenes that are repeated, play of two tasks."""
+    monkeypatch.setattr(flow_sft, "tqdm", lambda steps, **_: Silent(steps))
+    few = dict(pretrain=True, env_id="metaworld_push+reach", obs_mode="fast", num_envs=2, num_scenes=6)
+    few |= dict(scene_chunks=2, vlm_steps=2, batch_size=4, max_error=10, play_episodes=1, play_steps=2)
+    few |= dict(image_size=48, patch_size=16, output=str(tmp_path / "tiny"))
+    drawn = []
+    scenes = flow_sft.draw_scenes
+
+    def count(*given):
+        for scene in scenes(*given):
+            drawn.append(scene)
+            yield scene
+
+    monkeypatch.setattr(flow_sft, "draw_scenes", count)
+    flow_sft.main(flow_sft.Args(**few))
+    assert len(drawn) == 3 + 20  # six scenes of two environments, and 20 batches of others at the end
+    obs, targets, places = drawn[0]
+    assert obs["images"].shape == (2, 1, 48, 48, 3) and targets.shape == (2, 6) and places.shape == (2, 9)
+    policy = load_policy(tmp_path / "tiny")
+    assert (policy.config.image_size, policy.config.patch_size, policy.env_action_dim) == (48, 16, 4)
+    assert len(policy.stats["state"]["mean"]) == 4
+    card = (tmp_path / "tiny" / "README.md").read_text()
+    assert "--env-id metaworld_push+reach --obs-mode fast --num-envs 2" in card and "nan" not in card
+
+
 def test_sft_then_rl(tmp_path, monkeypatch):
     """A demonstration, an iteration of each script, and the report; from the shipped tiny policy."""
     import evaluate
