@@ -11,14 +11,15 @@ pre-training, in two parts:
    small heads read where the instruction's source and destination are, from nothing but what the action
    expert will see of the VLM, and where every object is, from the picture's tokens. This uses the
    simulator's privileged positions, no action, no reward, and the heads are thrown away. It can get stuck,
-   and RL on a blind VLM goes nowhere: weights are only saved if nine of ten targets are found within 0.08,
-   half the gripper's reach.
+   and RL on a blind VLM goes nowhere: weights are only saved if nine of ten targets are found within
+   --max-error, where the gripper reaches 0.16.
 2. The action expert learns how the gripper moves, from sloppy play: the scripted expert aiming beside its
    targets and trying again, failed episodes included. What pi0 had from large robot data.
 
     python flow_sft.py                 # SFT: checkpoints/tiny -> checkpoints/tabletop-sft, under a minute
     python flow_sft.py --pretrain      # stage 0: checkpoints/tiny, about 20 minutes
 
+MetaWorld draws slowly, so there the VLM sees the same scenes again: benchmark/metaworld_pixels.sh.
 Both for the other model family, GR00T N1.5, with --checkpoint tiny-gr00t (and --vision tiny in stage 0).
 """
 

@@ -11,8 +11,8 @@ set -euo pipefail
 if [[ " $* " == *" --help "* ]]; then sed -n '2,/^set/{s/^# \?//p}' "${BASH_SOURCE[0]}"; exit; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
-PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/metaworld_pixels} JOBS=${JOBS:-1} STEPS=${STEPS:-96000}
-TASKS=${TASKS:-"button-press-topdown:200 push:200"} SEEDS=${SEEDS:-1} NOISE=${NOISE:-}
+PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/metaworld_pixels} JOBS=${JOBS:-1} STEPS=${STEPS:-64000}
+TASKS=${TASKS:-"button-press-topdown:10"} SEEDS=${SEEDS:-1} NOISE=${NOISE:-}
 START=checkpoints/tiny-metaworld
 export PYTHON OUT STEPS START
 
@@ -23,9 +23,9 @@ timed() {  # what, and its command
 }
 pretrain() {
   [ -f "$OUT/pretrain.log" ] && return
-  timed pretrain "$PYTHON" flow_sft.py --pretrain --env-id metaworld_push+button-press-topdown --obs-mode fast \
-    --image-size 64 --patch-size 16 --num-envs 16 --num-scenes 4000 --scene-chunks 20 --vlm-steps 800 --batch-size 64 \
-    --max-error 0.4 --play-episodes 25 --play-steps 1500 --sloppiness 0.2 --output "$START"
+  timed pretrain "$PYTHON" flow_sft.py --pretrain --env-id metaworld_button-press-topdown --obs-mode fast --image-size 64 \
+    --patch-size 16 --num-envs 16 --num-scenes 2400 --scene-chunks 12 --vlm-steps 400 --batch-size 64 --play-episodes 25 \
+    --play-steps 300 --sloppiness 0.8 --output "$START"
 }
 sft() {  # task:steps
   local task=${1%:*} out=$OUT/sft/${1%:*}
@@ -37,8 +37,8 @@ train() {  # script task seed
   local out=$OUT/$1/$2-$3
   ls "$out"/*/learning_curve.png > /dev/null 2>&1 && return
   timed "$1-$2-$3" "$PYTHON" "$1.py" --env-id "metaworld_$2" --model tiny --obs-mode fast \
-    --checkpoint "$OUT/sft/$2" --seed "$3" --num-envs 32 --num-steps 40 --denoise-steps 2 --update-epochs 2 \
-    --num-minibatches 4 --learning-rate 2e-4 --lr-schedule cosine --target-kl 0.1 --save-freq 3 \
+    --checkpoint "$OUT/sft/$2" --seed "$3" --num-envs 32 --num-steps 20 --denoise-steps 2 --update-epochs 2 \
+    --num-minibatches 2 --learning-rate 3e-4 --lr-schedule cosine --target-kl 0.1 --save-freq 5 \
     --total-timesteps "$STEPS" --eval-freq -1 --run-dir "$out" --resume auto
 }
 evaluate() {  # task

@@ -1,4 +1,4 @@
-"""The table and the picture of metaworld.sh: SFT and RL on MetaWorld tasks, 100 episodes of each policy.
+"""The table and the picture of metaworld.sh and metaworld_pixels.sh: SFT and RL on MetaWorld tasks.
 
 Prints the table as Markdown: success by the ODE of SFT and of every seed, with 95 % intervals. And draws the
 curves.
@@ -29,7 +29,7 @@ T95 = {1: 12.706, 2: 4.303}  # two-sided 95 % quantile of Student's t, by degree
 @dataclass
 class Args:
     folder: tyro.conf.Positional[Path]
-    """what benchmark/metaworld.sh wrote"""
+    """what benchmark/metaworld.sh or metaworld_pixels.sh wrote"""
     output: Path = Path("docs/metaworld.png")
     """picture to write"""
 
@@ -125,14 +125,16 @@ def main(args):
         gains, starts, ends = gains + [gain], starts + [start], ends + [end]
     count = min(map(len, ends))
     means = np.mean([end[:count] for end in ends], axis=0) - np.mean(starts)  # of a seed, over the tasks
-    interval = T95.get(count - 1, np.nan) * means.std(ddof=1) / np.sqrt(count) if count > 1 else np.nan
+    interval = ""
+    if count - 1 in T95:
+        interval = f" ± {100 * T95[count - 1] * means.std(ddof=1) / np.sqrt(count):.1f}"
     table.append(
         (
             "**mean**",
             "",
             f"{np.mean(starts):.1%}",
             f"**{np.mean([e.mean() for e in ends]):.1%}**",
-            f"**{100 * np.mean(gains):+.1f}** ± {100 * interval:.1f}",
+            f"**{100 * np.mean(gains):+.1f}**{interval}",
             "",
         )
     )
