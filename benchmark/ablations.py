@@ -1,11 +1,11 @@
 """The paper's ablations at laptop scale: runs of the three scripts, then a table and a picture of each.
 
 ABLATIONS below is the whole list: of every row the command, as it is run. A command that several rows have is
-run once a seed. What has finished in --runs is not run again, so a call that was stopped can be made again.
-Tables go between their marks in docs/results/ablations.md, pictures to docs/results/ablations/NAME.png; a
+run once a seed. What has finished in runs/ablations is not run again, and a run that was stopped goes on, so
+the same call can be made again. Tables go between their marks in docs/results/ablations.md, pictures to docs/results/ablations/NAME.png; a
 table says of every row how many seeds have finished.
 
-    python benchmark/ablations.py all                   # two to four hours on two cores
+    python benchmark/ablations.py all                   # about three hours on two cores, by estimate
     python benchmark/ablations.py noise steps --jobs 1  # of these two
     python benchmark/ablations.py all --only show       # the commands
     python benchmark/ablations.py all --only tables     # tables and pictures of the runs that there are
@@ -41,6 +41,7 @@ STEPS = "--total-timesteps 150000 --eval-freq 15"
 DEFAULT = f"flow_sde_ppo.py {STEPS}"
 # The paper's: one drawn step of a chunk is noisy, and it may be the last. At level 1.0 it explores as widely
 PAPER = f"flow_sde_ppo.py {STEPS} --mdp hybrid --noisy-last-step"
+FIRST = "flow_sde_ppo.py --total-timesteps 25000 --eval-freq -1"  # five iterations, no evaluation
 SHORT = "flow_sde_ppo.py --total-timesteps 60000 --eval-freq 2"  # to see the beginning
 LONG = "flow_sde_ppo.py --eval-freq 20"  # the default run, 0.8 M steps
 # Longer chunks need a policy with a longer horizon: checkpoints/tiny with 10 actions instead of 5, and SFT
@@ -82,6 +83,17 @@ ABLATIONS = {
         },
         ("with noise", "ODE", "clip fraction", "gradient norm", "KL, first 3"),
         ("ODE", "clip fraction", "gradient norm"),
+    ),
+    "first-updates": Ablation(
+        "The actor's first three updates, by noise level (Fig. 9)",
+        {
+            "a = 0.2": f"{FIRST} --noise-level 0.2",
+            "a = 0.5": f"{FIRST} --noise-level 0.5",
+            "a = 0.7 (default)": f"{FIRST} --noise-level 0.7",
+            "a = 1.0": f"{FIRST} --noise-level 1.0",
+        },
+        ("clip fraction, first 3", "gradient norm, first 3", "KL, first 3"),
+        (),
     ),
     "steps": Ablation(
         "Denoise steps K (Table 6, Fig. 10)",
@@ -234,6 +246,8 @@ MEASURES = {
     "clip fraction": mean_of("losses/clipfrac", -10),
     "gradient norm": mean_of("flow/grad_norm", -10, form="{:.2f}"),
     "KL": mean_of("losses/approx_kl", -5),
+    "clip fraction, first 3": mean_of("losses/clipfrac", 2, 5),  # after the two of the critic alone
+    "gradient norm, first 3": mean_of("flow/grad_norm", 2, 5, form="{:.2f}"),
     "KL, first 3": mean_of("losses/approx_kl", 2, 5),
     "KL, first 10": mean_of("losses/approx_kl", 2, 12),
     "value loss": mean_of("losses/value_loss", -10),
@@ -343,7 +357,8 @@ def train(command, seed, with_noise):
     if finished(command, seed):
         return play(command, seed) if with_noise else 0
     folder = place(command)
-    code = call([*command.split(), "--seed", str(seed), "--run-dir", str(folder)], folder / f"{seed}.log")
+    words = [*command.split(), "--seed", str(seed), "--run-dir", str(folder), "--resume", "auto"]
+    code = call(words, folder / f"{seed}.log")
     if not code:
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
         (finished(command, seed) / "commit.txt").write_text(commit.stdout)

@@ -74,6 +74,7 @@ def test_rows_differ_in_what_the_title_says():
     may = {
         "start": {"noise_level", "denoise_steps"},
         "noise": {"noise_level"},
+        "first-updates": {"noise_level"},
         "steps": {"denoise_steps"},
         "critic": {"critic", "critic_layers"},
         "warmup": {"critic_warmup"},
