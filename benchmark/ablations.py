@@ -2,8 +2,8 @@
 
 ABLATIONS below is the whole list: of every row the command, as it is run. A command that several rows have is
 run once a seed. What has finished in runs/ablations is not run again, and a run that was stopped goes on, so
-the same call can be made again. Tables go between their marks in docs/results/ablations.md, pictures to docs/results/ablations/NAME.png; a
-table says of every row how many seeds have finished.
+the same call can be made again. Tables go between their marks in docs/results/ablations.md, with the seeds of
+a row that have finished, pictures go to docs/results/ablations/NAME.png.
 
     python benchmark/ablations.py all                   # about three hours on two cores, by estimate
     python benchmark/ablations.py noise steps --jobs 1  # of these two
