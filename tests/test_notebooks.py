@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,14 @@ def test_a_notebook_is_shipped_with_its_outputs(path):
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
     assert sum("assert" in "".join(cell["source"]) for cell in cells) >= 5
     assert path.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_of_a_notebook_lead_somewhere(path):
+    cells = json.loads(path.read_text())["cells"]
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    links = re.findall(r"\]\(([^)#]+)", text)
+    assert links and all((path.parent / link).exists() for link in links)
 
 
 def test_two_notebooks():
