@@ -477,13 +477,15 @@ def draw(ablation, seeds, path):
 def write_results(chosen, args):
     text = args.page.read_text()
     for name, ablation in chosen.items():
-        found = [
-            run for command in ablation.rows.values() for s in args.seeds if (run := finished(command, s))
-        ]
-        commits = sorted({(run / "commit.txt").read_text().strip() for run in found})
-        rows = "\n".join(f"python {command}  # {label}" for label, command in ablation.rows.items())
+        runs = {command: load(command, args.seeds) for command in ablation.rows.values()}
+        commits = sorted({(run[2] / "commit.txt").read_text().strip() for run in sum(runs.values(), [])})
+        words = {
+            label: command if trains(ablation) else " ".join(report_of(command)[1][:-2])  # without --json
+            for label, command in ablation.rows.items()
+        }
+        rows = "\n".join(f"python {command}  # {label}" for label, command in words.items())
         lines = [table(ablation, args.seeds), f"```text\n{rows}\n```"]
-        if found and ablation.panels:
+        if ablation.panels and sum(map(bool, runs.values())) > min(1, len(runs) - 1):  # something to compare
             picture = args.page.with_suffix("") / f"{name}.png"
             draw(ablation, args.seeds, picture)
             lines.insert(1, f"![{ablation.title}]({picture.parent.name}/{picture.name})")
