@@ -44,7 +44,7 @@ def empty_batch(agent, prefix, inputs, T, N):
     """What `rollout` fills."""
     c = agent.policy.config
     shapes = {"chain": (agent.K + 1, c.horizon, c.action_dim), "logprob": (1,), "value": (1,)}
-    shapes |= {"reward": (), "final_value": ()}
+    shapes |= {"reward": (), "final_value": (), "features": (agent.K, c.expert_width)}
     return SimpleNamespace(
         prefixes=Prefixes(agent.policy, T, N, prefix, inputs),
         denoise_idx=torch.zeros((T, N, 1), dtype=torch.long),
