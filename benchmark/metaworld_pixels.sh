@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MetaWorld from pictures of 64 x 64 pixels: one pre-trained policy, SFT on ten demonstrations of a task, RL,
-# 50 episodes of every policy; then the table and docs/metaworld_pixels.png by benchmark/metaworld_table.py.
+# 50 episodes of every policy; then the table, docs/metaworld_pixels.png and .gif.
 #
 #     bash benchmark/metaworld_pixels.sh              # seed 1 of every task, from the shipped policy
 #     PRETRAIN=1 bash benchmark/metaworld_pixels.sh   # and that policy again, which is overwritten
@@ -46,7 +46,7 @@ evaluate() {  # task
   local policies=("$OUT/sft/$1")
   for policy in "$OUT"/flow_*/"$1"-?/*/checkpoint; do [ -d "$policy" ] && policies+=("$policy"); done
   timed "evaluate-$1" "$PYTHON" evaluate.py --env-id "metaworld_$1" --obs-mode fast --num-envs 25 \
-    --denoise-steps 2 --json "$OUT/$1.json" --checkpoints "${policies[@]}"
+    --denoise-steps 2 --json "$OUT/$1.json" --capture-video "$OUT/$1.gif" --checkpoints "${policies[@]}"
 }
 export -f timed sft train evaluate
 mkdir -p "$OUT/flow_sde_ppo" "$OUT/flow_noise_ppo"
@@ -60,4 +60,5 @@ for task in $TASKS; do echo "sft $task"; done | xargs -P "$JOBS" -I{} bash -c '{
 } | xargs -P "$JOBS" -I{} bash -c '{}'
 for task in $names; do echo "evaluate $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
 $PYTHON benchmark/metaworld_table.py "$OUT" --output docs/metaworld_pixels.png
+cp "$OUT/${names%%$'\n'*}.gif" docs/metaworld_pixels.gif  # of the first task
 cat "$OUT/seconds.txt"
