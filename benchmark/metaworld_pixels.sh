@@ -45,7 +45,7 @@ evaluate() {  # task
   [ -f "$OUT/$1.json" ] && return
   local policies=("$OUT/sft/$1")
   for policy in "$OUT"/flow_*/"$1"-?/*/checkpoint; do [ -d "$policy" ] && policies+=("$policy"); done
-  timed "evaluate-$1" "$PYTHON" evaluate.py --env-id "metaworld_$1" --obs-mode fast --num-envs 25 \
+  timed "evaluate-$1" "$PYTHON" evaluate.py --env-id "metaworld_$1" --obs-mode fast --num-envs 10 \
     --denoise-steps 2 --json "$OUT/$1.json" --capture-video "$OUT/$1.gif" --checkpoints "${policies[@]}"
 }
 export -f timed sft train evaluate
