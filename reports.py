@@ -143,7 +143,8 @@ def protocol_line(report):
         counts = sorted({p["num_states"], *(other["protocol"]["num_states"] for other in others.values())})
         about += f" and {len(others)} variations of it"
         states = f"{' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} fixed states of each"
-    pictures = "{} of {} x {} pixels, ".format(*p["pictures"][:3]) if p.get("pictures", [0])[0] else ""
+    cameras, height, width, _ = p.get("pictures", (0, 0, 0, 0))
+    pictures = f"{cameras} of {height} x {width} pixels, " if cameras else ""
     return (
         f"{about}, {p['obs_mode']} observations, {pictures}{states}, at most {limit}, success at any step, "
         f"{'; '.join(played)}, evaluation seed {', '.join(map(str, p['seeds']))}, torch {p['torch']}."
