@@ -126,7 +126,7 @@ class Prefixes:
             elsewhere = f"{b - a} in host memory, {c - b} are encoded again for the update"
             tell(f"of {c} observations {a} are kept on the device, {elsewhere}")
         self.fetcher = ThreadPoolExecutor(1) if a < b else None  # from host memory
-        self.copies = torch.cuda.Stream() if device.type == "cuda" else None
+        self.copies = torch.cuda.Stream() if self.fetcher and device.type == "cuda" else None
 
     def put(self, t, prefix, inputs):
         """What the N environments show in turn t."""
@@ -141,22 +141,32 @@ class Prefixes:
         if not self.fetcher:
             yield from ((rows, self._join(policy, self._fetch(rows))) for rows in batches)
             return
-        coming = [self.fetcher.submit(self._fetch, rows) for rows in batches[:1]]
+        coming = [self._ahead(rows) for rows in batches[:1]]
         for rows, *after in (batches[i : i + 2] for i in range(len(batches))):
             found = coming.pop().result()
-            coming += [self.fetcher.submit(self._fetch, following) for following in after]
+            coming += [self._ahead(following) for following in after]
             yield rows, self._join(policy, found)
+
+    def _ahead(self, rows):
+        """`_fetch` in another thread and, on a GPU, a stream that first waits for what is queued now."""
+        if self.copies:
+            self.copies.wait_stream(torch.cuda.current_stream())
+
+        def fetch():
+            with torch.cuda.stream(self.copies):
+                return self._fetch(rows)
+
+        return self.fetcher.submit(fetch)
 
     @torch.no_grad()
     def _fetch(self, rows):
         """[(where in rows, their fields on the device)] for each part that has some of them."""
         found = []
-        with torch.cuda.stream(self.copies):
-            for first, last, fields in self.parts:
-                where = torch.where((first <= rows) & (rows < last))[0]
-                if len(where):
-                    picked = {name: pick(field, rows[where] - first) for name, field in fields.items()}
-                    found.append((where, picked))
+        for first, last, fields in self.parts:
+            where = torch.where((first <= rows) & (rows < last))[0]
+            if len(where):
+                picked = {name: pick(field, rows[where] - first) for name, field in fields.items()}
+                found.append((where, picked))
         return found
 
     def _join(self, policy, found):
