@@ -99,18 +99,10 @@ def possible(args_class, name, value):
 
 def check_effects(args, usual):
     """Flags that were changed and do nothing: whoever did it believes something else."""
-    tabletop = args.env_id.startswith("tabletop")
+    tabletop, train = args.env_id.startswith("tabletop"), getattr(args, "train", "")
     for names, nothing, where in [
-        (
-            ("lora_rank", "lora_alpha"),
-            getattr(args, "train", "") != "expert+lora",
-            "without --train expert+lora",
-        ),
-        (
-            ("prefix_cache_gb", "host_cache_gb"),
-            getattr(args, "train", "") != "expert",
-            "when the VLM learns, which encodes everything again",
-        ),
+        (("lora_rank", "lora_alpha"), train != "expert+lora", "without --train expert+lora"),
+        (("prefix_cache_gb", "host_cache_gb"), train != "expert", "when the VLM learns and encodes anew"),
         (("host_cache_gb",), getattr(args, "prefix_cache_gb", 0) is None, "without --prefix-cache-gb"),
         (("save_freq",), not getattr(args, "save_model", True), "with --no-save-model"),
         (("capture_video",), getattr(args, "eval_freq", 0) == -1, "with --eval-freq -1"),

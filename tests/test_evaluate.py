@@ -159,8 +159,8 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
             assert table[task][column] == f"{wins / 12:.1%} ({wins}/12)"
             assert result["tasks"][task] == {"success_rate": wins / 12, "successes": wins, "episodes": 12}
             assert table[task][0] == f"{expert[i].mean():.1f}"
-    assert "Protocol: tabletop, rgb observations, 60 fixed states, at most 40 steps (paper's limit), " in out
-    assert "limit), success at any step, chunks of 5" in out
+    assert "Protocol: tabletop, rgb observations, 1 of 32 x 32 pixels, 60 fixed states, at most 40" in out
+    assert "steps (paper's limit), success at any step, chunks of 5" in out
     assert "chunks of 5, K = 4 (defaults for tabletop), deterministic ODE and with noise (two-layer, " in out
     assert "euler, level 0.7), evaluation seed 3, 4, torch " + torch.__version__ in out
     protocol = {"env_id": "tabletop", "num_states": 60, "max_episode_steps": 40, "seeds": [3, 4]}
@@ -286,7 +286,7 @@ def test_variations(few_states, checkpoint, monkeypatch, tmp_path, capsys):
         for cell, rate in zip(row, mean):
             low, high = score_interval(rate * episodes, episodes)
             assert cell == f"**{rate:.1%}** [{low:.1%}, {high:.1%}]"
-    assert "Protocol: tabletop and 9 variations of it, rgb observations, 60 fixed states of each, at" in out
+    assert "Protocol: tabletop and 9 variations of it, rgb observations, 1 of 32 x 32 pixels, 60 " in out
     assert sorted(tmp_path.iterdir()) == [lines, path]
 
 
