@@ -241,11 +241,11 @@ def gemma(model, x, positions, mask, cache=None, condition=None, output=True):
     kv = []
     for i, layer in enumerate(model.layers):
         attn, (h, gate) = layer.self_attn, normed(layer.input_layernorm, x)
-        q = rope(attn.q_proj(h).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2), cos, sin)
         k, v = rope(attn.k_proj(h)[:, None], cos, sin)[:, 0], attn.v_proj(h)
         kv.append(torch.stack([k, v], dim=1))
         if not output and len(kv) == len(model.layers):
             return None, torch.stack(kv, dim=1)
+        q = rope(attn.q_proj(h).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2), cos, sin)
         if cache is not None:
             k, v = torch.cat([cache[:, i, 0], k], dim=1), torch.cat([cache[:, i, 1], v], dim=1)
         x = add(x, attn.o_proj(attention(q, k, v, mask)), gate)

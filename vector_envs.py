@@ -72,8 +72,9 @@ class Simulators(gym.vector.VectorEnv):
         self.partial_reset, self.group_size = partial_reset, group_size
         self.processes = None  # from a reset() to a close()
         process, pipe = start(describe, build)  # one first, in a process where nothing is left of it
+        told = f"hangs while it is built, nothing came for {2 * patience:g} s"
         try:
-            told = pipe.recv()
+            told = pipe.recv() if pipe.poll(2 * patience) else told
         except (EOFError, ConnectionResetError):
             process.join()
             told = f"its process ended with exit code {process.exitcode}{ADVICE}"

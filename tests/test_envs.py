@@ -40,6 +40,8 @@ class Walk:
     def __init__(self, env_id, obs_mode, protocol):
         self.max_episode_steps = {"paper": LIMIT, "openpi": 12}[protocol]
         self.folder = Path(env_id.removeprefix("walk:"))
+        if env_id == "walk:never":
+            ctypes.PyDLL(None).sleep(1000)
 
     def reset(self, task, state):
         for name in ("raises", "dies"):
@@ -393,6 +395,13 @@ def test_breakdown(faulty, capsys, does, partial):
         obs, _ = envs.reset(options={"eval_states": EVAL})
         assert envs.step_chunk(still(6))[4]["alive"].all()
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_simulator_that_hangs_while_it_is_built(walk, capsys):
+    with pytest.raises(SystemExit) as stop:
+        walk(2, env_id="walk:never", patience=0.5)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: walk:never: hangs while it is built, nothing came for 1 s\n"
 
 
 def test_dropped_in_training(walk, capsys):
