@@ -65,7 +65,7 @@ class Args:
     num_envs: int = 256  # parallel environments, of all ranks together
     num_steps: int = 8  # action chunks per environment and iteration
     chunk_len: int = 5  # actions executed per chunk, at most the policy's horizon
-    total_timesteps: int = 800_000  # environment steps, not chunks; the last iteration reaches them
+    total_timesteps: int = 1_000_000  # environment steps, not chunks; the last iteration reaches them
 
     # optimisation
     learning_rate: float = 3e-4  # of the action expert

@@ -66,7 +66,7 @@ class Args:
     num_steps: int = 2  # action chunks per environment and iteration
     chunk_len: int = 5  # actions executed per chunk, at most the policy's horizon
     partial_reset: bool = True  # begin a new episode when one ends; else idle, masked, to the iteration's end
-    total_timesteps: int = 800_000  # environment steps, not chunks; the last iteration reaches them
+    total_timesteps: int = 1_000_000  # environment steps, not chunks; the last iteration reaches them
 
     # optimisation
     learning_rate: float = 3e-4  # of the action expert

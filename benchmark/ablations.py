@@ -43,7 +43,7 @@ DEFAULT = f"flow_sde_ppo.py {STEPS}"
 PAPER = f"flow_sde_ppo.py {STEPS} --mdp hybrid --noisy-last-step"
 FIRST = "flow_sde_ppo.py --total-timesteps 25000 --eval-freq -1"  # five iterations, no evaluation
 SHORT = "flow_sde_ppo.py --total-timesteps 60000 --eval-freq 2"  # to see the beginning
-LONG = "flow_sde_ppo.py --eval-freq 20"  # the default run, 0.8 M steps
+LONG = "flow_sde_ppo.py --eval-freq 20"  # the default run, 1 M steps
 # Longer chunks need a policy with a longer horizon: checkpoints/tiny with 10 actions instead of 5, and SFT
 TINY_10, HORIZON_10 = "runs/ablations/tiny-horizon-10", "runs/ablations/sft-horizon-10"
 SFT_10 = f"flow_sft.py --checkpoint {TINY_10} --num-demos 10 --total-steps 900 --output {HORIZON_10}"
@@ -208,7 +208,7 @@ ABLATIONS = {
         ("ODE", "KL"),
     ),
     "length": Ablation(
-        "Length of episodes against the expert's (Fig. 13), the default run of 0.8 M steps",
+        "Length of episodes against the expert's (Fig. 13), the default run of 1 M steps",
         {"Flow-SDE PPO": LONG},
         ("ODE", "episode length, 10 to 20", "episode length", "expert's length"),
         ("ODE", "episode length"),
