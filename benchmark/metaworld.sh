@@ -14,7 +14,7 @@ PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/metaworld} JOBS=${JOBS:-2} ST
 # task:steps of SFT, few enough that the policy is not good yet
 TASKS=${TASKS:-"lever-pull:60 peg-unplug-side:60 coffee-push:40 sweep-into:40 push:60 hand-insert:60
   stick-push:20 pick-place-wall:120"}
-NOISE=${NOISE:-"sweep-into push"}
+NOISE=${NOISE:-"coffee-push sweep-into push"}
 export PYTHON OUT STEPS
 
 sft() {  # task:steps
@@ -24,15 +24,16 @@ sft() {  # task:steps
     --total-steps "${1#*:}" --learning-rate 1e-3 --output "$out" > "$OUT/sft-$task.log" 2>&1
 }
 train() {  # script task seed
-  local out=$OUT/$1/$2-$3 steps=$STEPS
+  local out=$OUT/$1/$2-$3 steps=$STEPS bounds=()
   [ "$2" = mt10 ] && steps=$((2 * STEPS))
-  [ "$1" = flow_noise_ppo ] && steps=$((2 * STEPS / 3))  # takes about as long
+  # as much exploration as Flow-SDE's at K = 2
+  [ "$1" = flow_noise_ppo ] && bounds=(--noise-std-min 0.35 --noise-std-max 0.95)
   ls "$out"/*/learning_curve.png > /dev/null 2>&1 && return
   rm -rf "$out"
   $PYTHON "$1.py" --env-id "metaworld_$2" --model tiny --obs-mode state --checkpoint "$OUT/sft/$2" \
     --seed "$3" --num-envs 64 --num-steps 20 --denoise-steps 2 --update-epochs 2 --num-minibatches 4 --learning-rate 2e-4 \
     --lr-warmup 4 --lr-schedule cosine --target-kl 0.1 --total-timesteps "$steps" --eval-freq -1 \
-    --run-dir "$out" > "$out.log" 2>&1
+    --run-dir "$out" "${bounds[@]}" > "$out.log" 2>&1
 }
 evaluate() {  # task
   [ -f "$OUT/$1.json" ] && return
@@ -48,10 +49,9 @@ mkdir -p "$OUT"/flow_sde_ppo "$OUT"/flow_noise_ppo
 
 names=$(for task in $TASKS; do echo "${task%:*}"; done)
 for task in $TASKS mt10:200; do echo "sft $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
-{
-  for task in $names mt10; do echo "train flow_sde_ppo $task 1"; done
-  for seed in 2 3; do for task in $names; do echo "train flow_sde_ppo $task $seed"; done; done
-  for seed in 1 2 3; do for task in $NOISE; do echo "train flow_noise_ppo $task $seed"; done; done
-} | xargs -P "$JOBS" -I{} bash -c '{}'
+for seed in 1 2 3; do
+  for task in $NOISE; do echo "train flow_noise_ppo $task $seed"; done
+  for task in $names mt10; do echo "train flow_sde_ppo $task $seed"; done
+done | xargs -P "$JOBS" -I{} bash -c '{}'
 for task in $names mt10; do echo "evaluate $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
 $PYTHON benchmark/metaworld_table.py "$OUT"
