@@ -29,6 +29,7 @@ The contract. A simulator is a class in a file of simulators/ and a line in SIMU
                                  reaches 0.16. Then there is expert_action(aim_error), and the error is (W,)
     image_size                   optional, of the class: the size of its pictures. Then __init__ takes another
     about                        optional: what the protocol line of an evaluation has to say of it
+    batch                        optional, of the class: many of it at once, see simulators/batch.py
     variations                   optional, of the class: {env_id: {the id of an unseen variation: its group}}
 
 What a user has to put right (assets, an unknown name) is a ValueError of one line. Any other exception, and
@@ -52,6 +53,7 @@ import gymnasium as gym
 import numpy as np
 
 from flags import fail
+from simulators.batch import Batch
 from vector_envs import Simulators, select_rows  # noqa: F401  # the scripts know one place
 
 SIMULATORS = {  # what an env_id begins with: the class, imported when it is asked for
@@ -74,6 +76,7 @@ def make_envs(
     obs_mode: str = "rgb",
     protocol: str = "paper",
     image_size: int | None = None,
+    sim_device: str = "cpu",
     patience: float = 300,
 ) -> gym.vector.VectorEnv:
     """`partial_reset`: an environment whose episode ended starts a new one instead of waiting for reset().
@@ -82,6 +85,7 @@ def make_envs(
     `obs_mode`: "state" is without pictures, and the state is all that the simulator tells; "fast" pictures
     are without shadows, and MetaWorld and LIBERO draw them at `image_size`, the policy's, not at their own.
     `protocol`: whose step limit, where openpi's or lerobot's is not the paper's.
+    `sim_device`: "cuda" is ManiSkill's batch on a GPU; else simulators are on the CPU, in processes.
     `patience`: seconds after which a process in which nothing has moved is taken to hang.
     """
     simulator = find_simulator(env_id)
@@ -89,6 +93,13 @@ def make_envs(
         fail(f"num_envs must be at least 1, got {num_envs}")
     if group_size < 1 or num_envs % group_size:
         fail(f"group_size {group_size} does not divide num_envs {num_envs}")
+    if sim_device == "cuda":
+        if not hasattr(simulator, "batch"):
+            fail(f"--sim-device cuda: {env_id} runs on the CPU only, ManiSkill's environments on a GPU too")
+        if partial_reset:
+            fail("--sim-device cuda: a batch begins its episodes together, give --no-partial-reset too")
+        build = functools.partial(simulator.batch, env_id, obs_mode, protocol, device=sim_device)
+        return Batch(build, env_id, num_envs, seed, group_size)
     if issubclass(simulator, gym.vector.VectorEnv):
         return simulator(env_id, num_envs, seed, partial_reset, group_size, obs_mode, protocol)
     drawn = obs_mode == "fast" and image_size and hasattr(simulator, "image_size")

@@ -54,6 +54,8 @@ class Args:
     """also the out-of-distribution variations of it, as in Table 3: of tabletop and maniskill_25main"""
     eval_protocol: Literal["paper", "openpi"] = "paper"
     """whose step limits"""
+    sim_device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: all of ManiSkill's environments in a batch on a GPU"""
     num_envs: int = 16
     """simulators at once; the tabletop has its own number"""
     seeds: tuple[int, ...] = (0,)
@@ -218,7 +220,8 @@ def records(run, envs, policy, seed):
 
 
 def build(args, env_id, image_size):
-    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol, "image_size": image_size}
+    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol, "sim_device": args.sim_device}
+    mode["image_size"] = image_size
     envs = make_envs(env_id, args.num_envs, 0, partial_reset=False, **mode)
     if envs.num_eval_envs != args.num_envs:  # the tabletop's: a state gets the same noise as in training
         envs = make_envs(env_id, envs.num_eval_envs, 0, partial_reset=False, **mode)

@@ -62,6 +62,7 @@ class Args:
     checkpoint: str = "checkpoints/tabletop-sft"  # policy to start from: a folder, a hub id, or "tiny"
     obs_mode: Literal["rgb", "fast", "state"] = "rgb"  # fast: small, no shadows; state: no pictures
     eval_protocol: Literal["paper", "openpi"] = "paper"  # whose step limits
+    sim_device: Literal["cpu", "cuda"] = "cpu"  # cuda: all of ManiSkill's environments in a batch on a GPU
     num_envs: int = 512  # parallel environments, of all ranks together
     num_steps: int = 2  # action chunks per environment and iteration
     chunk_len: int = 5  # actions executed per chunk, at most the policy's horizon
@@ -417,7 +418,8 @@ def main(args: Args):
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)  # initial weights of the heads
     policy = load_policy(args.checkpoint, device)
-    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol, "image_size": policy.config.image_size}
+    mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol, "sim_device": args.sim_device}
+    mode["image_size"] = policy.config.image_size
     envs = make_envs(args.env_id, num_envs, seed, args.partial_reset, **mode)
     eval_envs = make_envs(args.env_id, envs.num_eval_envs, seed, False, **mode)
     robot = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]

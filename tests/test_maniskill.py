@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from envs import make_envs
+from simulators.batch import Batch
 from simulators.maniskill import SIMPLER, ManiSkill, check_maniskill
 
 if find_spec("mani_skill") is None:
@@ -251,6 +252,97 @@ def test_simpler_rewards(carrot):
     assert go(goal, 0.12, 0, 8) or go(goal, 0.05, 0, 4) or go(goal, 0.05, 1, 4)
     assert sorted(rewards)[-2:] == [0.1, 1.0] and sum(rewards) == 1.1
     assert rewards.index(0.1) < rewards.index(1.0) == len(rewards) - 1
+
+
+@pytest.mark.parametrize(
+    "env_id, obs_mode, chunk", [("maniskill:PickCube-v1", "state", 10), ("maniskill_carrot", "rgb", 3)]
+)
+def test_a_batch_of_one(renderer, env_id, obs_mode, chunk):
+    """What the batch of a GPU gives: with one environment, on the CPU, the same as a process of one."""
+    build = functools.partial(ManiSkill.batch, env_id, obs_mode, "paper", device="cpu")
+    batch, other = (
+        Batch(build, env_id, 1, 0, 1),
+        make_envs(env_id, 1, 0, partial_reset=False, obs_mode=obs_mode),
+    )
+    for name in ("tasks", "prompts", "max_episode_steps", "num_eval_states", "num_eval_envs", "train_states"):
+        assert getattr(batch, name) == getattr(other, name)
+    assert batch.single_observation_space == other.single_observation_space
+    batch.record = other.record = 1
+    for options in ({"eval_states": [7]}, None):
+        (obs, _), (expected, _) = batch.reset(options=options), other.reset(options=options)
+        for _ in range(3):
+            for name in ("images", "state", "prompt"):
+                np.testing.assert_array_equal(obs[name], expected[name])
+            actions = draw(batch.scene, chunk, scale=0.03)[None]
+            obs, *given, info = batch.step_chunk(actions)
+            expected, *others, other_info = other.step_chunk(actions)
+            for a, b in zip(given, others):
+                np.testing.assert_array_equal(a, b)
+            assert info.keys() == other_info.keys()
+            for name in info.keys() - {"final_obs"}:
+                np.testing.assert_array_equal(info[name], other_info[name])
+    assert batch.get_state() == other.get_state()
+    batch.close(), other.close()
+    assert batch.reset()[0]["state"].shape == expected["state"].shape  # it is built anew
+    batch.close()
+
+
+class Tables:
+    """Stands in for a batch of three: the first one succeeds at step 2, the last breaks down at step 3."""
+
+    prompts, action_dim, max_episode_steps = {"a": "do it"}, 2, 4
+    num_eval_states, train_states, repeats = 5, (5, 9), True
+
+    def __init__(self, num_envs):
+        self.done = 0
+
+    def reset(self, task, state):
+        self.steps, self.began = 0, state
+
+    def observe(self):
+        state = np.float32([[i, self.steps] for i in self.began])
+        state[2, 1] = np.nan if self.steps >= 3 else self.steps
+        return {"images": np.zeros((3, 1, 2, 2, 3), np.uint8), "state": state}
+
+    def step(self, action):
+        self.steps, self.seen = self.steps + 1, action
+        return np.float64([self.steps == 2, 0, 0]), np.array([self.steps >= 2, False, False])
+
+    def close(self):
+        self.done = True
+
+
+def test_a_batch_of_three(capsys):
+    """Success, the step limit and a breakdown, each of one environment; the others go on."""
+    batch = Batch(Tables, "tables", 3, 0, 3)
+    batch.reset()
+    assert len(set(batch.state)) == 1 and 5 <= batch.state[0] < 9  # a group
+    batch.reset(options={"eval_states": [0, 1, 2]})
+    actions = np.ones((3, 3, 2))
+    obs, reward, terminated, truncated, info = batch.step_chunk(actions)
+    assert reward.tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert terminated.tolist() == [True, False, False] and truncated.tolist() == [False, False, True]
+    assert info["episode_length"].tolist() == [2, 3, 0] and info["steps"].tolist() == [2, 3, 0]
+    assert info["alive"].tolist() == [True, True, False] and info["dropped"].tolist() == [False, False, True]
+    assert obs["state"].tolist() == [[0, 3], [1, 3], [2, 0]] and batch.scene.seen[0].tolist() == [0, 0]
+    assert info["final_obs"]["state"].tolist() == [[0, 3], [2, 0]]
+    assert capsys.readouterr().err == (
+        "tables broke down, task 0, initial state 2, step 3: NaN or infinite; its episode is dropped\n"
+    )
+    obs, reward, terminated, truncated, info = batch.step_chunk(actions)
+    assert truncated.tolist() == [False, True, False] and not terminated.any() and not reward.any()
+    assert info["steps"].tolist() == [0, 1, 0] and info["success"].tolist() == [True, False, False]
+    assert info["alive"].tolist() == [False, True, False] and not capsys.readouterr().err
+    assert np.isfinite(obs["state"]).all()
+
+
+def test_a_batch_needs_a_gpu(renderer, one_line_error):
+    gpu = functools.partial(make_envs, sim_device="cuda", partial_reset=False)
+    if not torch.cuda.is_available():
+        assert "torch finds no GPU here" in one_line_error(gpu, "maniskill:PickCube-v1", 2, 0)
+    together = functools.partial(gpu, partial_reset=True)
+    assert "--no-partial-reset" in one_line_error(together, "maniskill_carrot", 2, 0)
+    assert "libero_goal runs on the CPU only" in one_line_error(gpu, "libero_goal", 2, 0)
 
 
 def fails(env_id, **env):
