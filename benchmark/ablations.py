@@ -1,9 +1,10 @@
 """The paper's ablations at laptop scale: runs of the three scripts, then a table and a picture of each.
 
 ABLATIONS below is the whole list: of every row the command, as it is run. A command that several rows have is
-run once a seed. What has finished in runs/ablations is not run again, and a run that was stopped goes on, so
-the same call can be made again. Tables go between their marks in docs/results/ablations.md, with the seeds of
-a row that have finished, pictures go to docs/results/ablations/NAME.png.
+run once a seed. What has finished is not run again, and a run that was stopped goes on, so the same call can
+be made again. Figures of every run are kept in docs/results/ablations.json (an entry that is deleted there is
+run anew), tables go between their marks in docs/results/ablations.md, with the seeds of a row that have
+finished, pictures to docs/results/ablations/NAME.png.
 
     python benchmark/ablations.py all                   # about three hours on two cores, by estimate
     python benchmark/ablations.py noise steps --jobs 1  # of these two
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -220,7 +222,12 @@ ABLATIONS = {
 
 def mean_of(name, first, last=None, form="{:.3f}"):
     """A column: the mean of a metric over iterations first to last of a run."""
-    return lambda run: run[1][name][first:last].mean(), form
+
+    def measure(run):
+        values = run[1][name][first:last]
+        return values.mean() if len(values) else math.nan
+
+    return measure, form
 
 
 def curve_of_ode(run):
@@ -286,7 +293,7 @@ class Args:
     only: Literal["", "show", "tables"] = ""
     """show: print the commands; tables: of the runs that there are"""
     page: Path = Path("docs/results/ablations.md")
-    """page with a pair of marks for every ablation; pictures go beside it, into ablations/"""
+    """page with a pair of marks for every ablation; beside it are ablations.json and ablations/"""
 
 
 ROOT, RUNS = Path(__file__).resolve().parents[1], Path("runs/ablations")
@@ -297,10 +304,23 @@ def place(command):
     return RUNS / re.sub(r"[^\w.-]+", "_", command.removeprefix("runs/")).replace(".py", "")
 
 
-def load(command, seeds):
-    """(flags, metrics, folder) of a command's finished runs."""
-    folders = filter(None, (finished(command, seed) for seed in seeds))
-    return [(*read_run(folder), folder) for folder in folders]
+def recorded(args):
+    """{"runs": {command: {seed: its record}}, "reports": {words: {column: value}}} of earlier calls."""
+    file = args.page.with_suffix(".json")
+    return json.loads(file.read_text()) if file.exists() else {"runs": {}, "reports": {}}
+
+
+def record(folder):
+    """What is kept of a run: its commit, all measures that it has, and all curves."""
+    run, values, curves = (*read_run(folder), folder), {}, {}
+    for name, (measure, _) in MEASURES.items():
+        with suppress(KeyError):  # GRPO has no critic
+            values[name] = round(float(measure(run)), 5)
+    for name in ("ODE", *CURVES):
+        with suppress(KeyError):
+            curves[name] = [[round(float(x), 4) for x in axis] for axis in curve(name, run)]
+    values = {name: value for name, value in values.items() if not math.isnan(value)}
+    return {"commit": (folder / "commit.txt").read_text().strip(), "values": values, "curves": curves}
 
 
 def finished(command, seed):
@@ -353,7 +373,10 @@ def play(command, seed):
     return call([*words, "--json", f"{run}/noise.json"], run / "noise.log")
 
 
-def train(command, seed, with_noise):
+def train(command, seed, with_noise, known):
+    kept = known.get(command, {}).get(str(seed))
+    if kept and (not with_noise or "with noise" in kept["values"]):
+        return 0
     if finished(command, seed):
         return play(command, seed) if with_noise else 0
     folder = place(command)
@@ -375,7 +398,7 @@ def make_horizon_10():
     return call(SFT_10.split(), Path(f"{HORIZON_10}.log"))
 
 
-def run_all(chosen, args):
+def run_all(chosen, args, known):
     """Policies, evaluations of SFT, then seed by seed the runs: every row has one before any has two."""
     reports, commands = {}, {}
     for ablation in chosen.values():
@@ -391,11 +414,17 @@ def run_all(chosen, args):
             print(f"python {command}  # seeds {args.seeds}{', then evaluate.py --stochastic' * noisy}")
         return
     failed = make_horizon_10() if any(HORIZON_10 in command for command in commands) else 0
-    reports = {file: words for file, words in reports.items() if not file.exists()}
+    reports = {
+        file: words
+        for file, words in reports.items()
+        if not file.exists() and file.stem not in known["reports"]
+    }
     with ThreadPoolExecutor(args.jobs) as pool:
         todo = [pool.submit(call, words, Path(f"{file}.log")) for file, words in reports.items()]
         for seed in args.seeds:
-            todo += [pool.submit(train, command, seed, noisy) for command, noisy in commands.items()]
+            todo += [
+                pool.submit(train, command, seed, noisy, known["runs"]) for command, noisy in commands.items()
+            ]
         try:
             failed += sum(bool(job.result()) for job in todo)
         except KeyboardInterrupt:  # which the runs have been told too
@@ -418,27 +447,33 @@ def cell(samples, form):
     return form.format(mean) + spread
 
 
-def table(ablation, seeds):
+def table(ablation, args, known):
     """Markdown; the last column says which seeds have finished."""
     seeds_told = ["seeds"] if trains(ablation) else []
     rows = [["", *ablation.columns, *seeds_told]]
     for label, command in ablation.rows.items():
-        runs = load(command, seeds)
-        report = report_of(command)[0]
-        report = json.loads(report.read_text()) if needs_report(ablation) and report.exists() else None
+        runs = runs_of(command, args, known)
+        report = known["reports"].get(report_of(command)[0].stem, {})
         cells = [label]
         for column in ablation.columns:
             if column in REPORTED:
-                measure, form = REPORTED[column]
-                cells.append(form.format(measure(report)) if report else "not run")
+                told, form = [report.get(column, math.nan)], REPORTED[column][1]
             else:
-                measure, form = MEASURES[column]
-                cells.append(cell([measure(run) for run in runs], form))
-        told = ", ".join(str(args["seed"]) for args, *_ in runs) or "none"
-        rows.append([*cells, told] if seeds_told else cells)
+                told, form = (
+                    [run["values"].get(column, math.nan) for run in runs.values()],
+                    MEASURES[column][1],
+                )
+            cells.append(cell(told, form))
+        rows.append([*cells, ", ".join(runs) or "none"] if seeds_told else cells)
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+
+
+def runs_of(command, args, known):
+    """{seed: record} of those that are asked for."""
+    runs = known["runs"].get(command, {})
+    return {str(seed): runs[str(seed)] for seed in args.seeds if str(seed) in runs}
 
 
 def curve(name, run):
@@ -447,21 +482,20 @@ def curve(name, run):
         steps, _, values = evaluations(*run[:2])
         return steps, values
     steps, values = run[1]["global_step"], run[1][CURVES[name]]
-    smooth = [np.nanmean(values[max(0, i - 4) : i + 1]) if i > 3 else np.nan for i in range(len(values))]
-    return steps, np.array(smooth)
+    return steps[4:], [np.nanmean(values[i - 4 : i + 1]) for i in range(4, len(values))]
 
 
-def draw(ablation, seeds, path):
+def draw(ablation, args, known, path):
     """A panel for each metric: mean and range of a row's seeds."""
     figure = Figure(figsize=(4 * len(ablation.panels), 3.6), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(ablation.panels)))
     for axes, name in zip(panels, ablation.panels):
         for i, (label, command) in enumerate(ablation.rows.items()):
-            runs = load(command, seeds)
-            if not runs:
+            curves = [run["curves"][name] for run in runs_of(command, args, known).values()]
+            if not all(steps for steps, _ in curves) or not curves:  # not run, or too short
                 continue
-            curves = [curve(name, run) for run in runs]
-            grid = np.linspace(0, min(steps[-1] for steps, _ in curves), 100)
+            begin, end = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
+            grid = np.linspace(begin, end, 100)
             values = np.stack([np.interp(grid, steps, values) for steps, values in curves])
             axes.plot(grid / 1000, values.mean(axis=0), color=f"C{i}", label=label)
             axes.fill_between(
@@ -474,20 +508,40 @@ def draw(ablation, seeds, path):
     figure.savefig(path, dpi=70)
 
 
-def write_results(chosen, args):
+def collect(chosen, args, known):
+    """Adds what has finished in runs/ablations to the records, and writes them."""
+    for ablation in chosen.values():
+        for command in ablation.rows.values():
+            file, _ = report_of(command)
+            if needs_report(ablation) and file.exists():
+                report = json.loads(file.read_text())
+                told = {name: round(float(measure(report)), 5) for name, (measure, _) in REPORTED.items()}
+                known["reports"][file.stem] = told
+            for seed in args.seeds if trains(ablation) else ():
+                if folder := finished(command, seed):
+                    known["runs"].setdefault(command, {})[str(seed)] = record(folder)
+    file = args.page.with_suffix(".json")
+    text = json.dumps(known, indent=0, sort_keys=True)
+    file.with_suffix(".tmp").write_text(
+        re.sub(r",\n(?=[-\d])", ", ", text) + "\n"
+    )  # a curve's numbers in a line
+    file.with_suffix(".tmp").replace(file)
+
+
+def write_results(chosen, args, known):
     text = args.page.read_text()
     for name, ablation in chosen.items():
-        runs = {command: load(command, args.seeds) for command in ablation.rows.values()}
-        commits = sorted({(run[2] / "commit.txt").read_text().strip() for run in sum(runs.values(), [])})
+        runs = {command: runs_of(command, args, known) for command in ablation.rows.values()}
+        commits = sorted({run["commit"] for some in runs.values() for run in some.values()})
         words = {
             label: command if trains(ablation) else " ".join(report_of(command)[1][:-2])  # without --json
             for label, command in ablation.rows.items()
         }
         rows = "\n".join(f"python {command}  # {label}" for label, command in words.items())
-        lines = [table(ablation, args.seeds), f"```text\n{rows}\n```"]
+        lines = [table(ablation, args, known), f"```text\n{rows}\n```"]
         if ablation.panels and sum(map(bool, runs.values())) > min(1, len(runs) - 1):  # something to compare
             picture = args.page.with_suffix("") / f"{name}.png"
-            draw(ablation, args.seeds, picture)
+            draw(ablation, args, known, picture)
             lines.insert(1, f"![{ablation.title}]({picture.parent.name}/{picture.name})")
         if commits:
             lines.append(f"Commit {', '.join(commits)}.")
@@ -505,10 +559,12 @@ def main(args):
         fail(f"{unknown[0]}: no such ablation; there are {', '.join(ABLATIONS)}, or all")
     os.chdir(ROOT)
     chosen = ABLATIONS if "all" in args.names else {name: ABLATIONS[name] for name in args.names}
+    known = recorded(args)
     if args.only != "tables":
-        run_all(chosen, args)
+        run_all(chosen, args, known)
     if args.only != "show":
-        write_results(chosen, args)
+        collect(chosen, args, known)
+        write_results(chosen, args, known)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import re
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -184,10 +185,18 @@ def two_rows(tmp_path, monkeypatch):
     return trial
 
 
-def test_table_by_hand(two_rows):
+def table(trial, folder, *seeds):
+    """Of the runs that have finished, and of those that are recorded beside a page in the folder."""
+    args = ablations.Args(("trial",), seeds, page=folder / "page.md")
+    known = ablations.recorded(args)
+    ablations.collect({"trial": trial}, args, known)
+    return ablations.table(trial, args, known)
+
+
+def test_table_by_hand(two_rows, tmp_path):
     head, _, a, b = (
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in ablations.table(two_rows, (1, 2, 3)).splitlines()
+        for line in table(two_rows, tmp_path, 1, 2, 3).splitlines()
     )
     assert head == ["", "start", "lowest", "ODE", "KL", "seeds"]
     # Student's t with one degree of freedom is 12.706: of 0.5 and 0.7 the standard error is 0.1
@@ -199,11 +208,25 @@ def test_table_by_hand(two_rows):
     assert (a[5], b[5]) == ("1, 2", "1")  # the second run of b has not finished
 
 
-def test_success_with_noise_is_that_of_the_evaluation(two_rows):
+def test_what_is_recorded_needs_no_folder(two_rows, tmp_path, monkeypatch):
+    """Figures of a run outlive its folder, and it is not run again, but for what it lacks."""
+    before = table(two_rows, tmp_path, 1, 2)
+    for folder in tmp_path.glob("*/tabletop__*"):
+        shutil.rmtree(folder)
+    assert table(two_rows, tmp_path, 1, 2) == before
+    assert " 2 " not in table(two_rows, tmp_path, 1).split("|")[-2]
+    known, asked = ablations.recorded(ablations.Args((), page=tmp_path / "page.md"))["runs"], []
+    monkeypatch.setattr(ablations, "call", lambda words, log: asked.append(words) or 1)
+    assert ablations.train("flow_sde_ppo.py", 2, False, known) == 0 and not asked
+    assert ablations.train("flow_sde_ppo.py", 2, True, known) == 1  # with noise
+    assert ablations.train("flow_sde_ppo.py", 3, False, known) == 1 and len(asked) == 2
+
+
+def test_success_with_noise_is_that_of_the_evaluation(two_rows, tmp_path):
     two_rows.columns = ("with noise",)
     run = ablations.finished("flow_sde_ppo.py", 2)
     (run / "noise.json").write_text(json.dumps({"results": [{"success_rate": 0.7}, {"success_rate": 0.6}]}))
-    a, b = ablations.table(two_rows, (1, 2)).splitlines()[2:]
+    a, b = table(two_rows, tmp_path, 1, 2).splitlines()[2:]
     assert "60.0%" in a and "not run" in b
 
 
@@ -221,12 +244,12 @@ def test_page_and_picture(two_rows, tmp_path, monkeypatch):
 
 def test_report_columns(two_rows, tmp_path):
     two_rows.columns = ("SFT, with noise", "SFT, ODE", "expert's length")
-    assert "seeds" not in ablations.table(two_rows, (1,))  # nothing was trained
-    assert "not run | not run | not run" in re.sub(" +", " ", ablations.table(two_rows, (1,)))
+    assert "seeds" not in table(two_rows, tmp_path, 1)  # nothing was trained
+    assert "not run | not run | not run" in re.sub(" +", " ", table(two_rows, tmp_path, 1))
     file, _ = ablations.report_of("flow_sde_ppo.py")
     results = [{"success_rate": 0.32}, {"success_rate": 0.26}]
     file.write_text(json.dumps({"results": results, "expert_length": {"one": 10, "two": 13}}))
-    assert "| 26.0% | 32.0% | 11.5 |" in re.sub(" +", " ", ablations.table(two_rows, (1,)))
+    assert "| 26.0% | 32.0% | 11.5 |" in re.sub(" +", " ", table(two_rows, tmp_path, 1))
 
 
 # --- the leaderboard ---
