@@ -255,9 +255,9 @@ def test_simpler_rewards(carrot):
 
 
 @pytest.mark.parametrize(
-    "env_id, obs_mode, chunk", [("maniskill:PickCube-v1", "state", 10), ("maniskill_carrot", "rgb", 3)]
+    "env_id, obs_mode, turns", [("maniskill:PickCube-v1", "state", 5), ("maniskill_carrot", "rgb", 1)]
 )
-def test_a_batch_of_one(renderer, env_id, obs_mode, chunk):
+def test_a_batch_of_one(renderer, env_id, obs_mode, turns):
     """What the batch of a GPU gives: with one environment, on the CPU, the same as a process of one."""
     build = functools.partial(ManiSkill.batch, env_id, obs_mode, "paper", device="cpu")
     batch, other = (
@@ -270,10 +270,10 @@ def test_a_batch_of_one(renderer, env_id, obs_mode, chunk):
     batch.record = other.record = 1
     for options in ({"eval_states": [7]}, None):
         (obs, _), (expected, _) = batch.reset(options=options), other.reset(options=options)
-        for _ in range(3):
+        for _ in range(turns):
             for name in ("images", "state", "prompt"):
                 np.testing.assert_array_equal(obs[name], expected[name])
-            actions = draw(batch.scene, chunk, scale=0.03)[None]
+            actions = draw(batch.scene, 3, scale=0.03)[None]
             obs, *given, info = batch.step_chunk(actions)
             expected, *others, other_info = other.step_chunk(actions)
             for a, b in zip(given, others):
