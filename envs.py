@@ -29,7 +29,7 @@ The contract. A simulator is a class in a file of simulators/ and a line in SIMU
                                  reaches 0.16. Then there is expert_action(aim_error), and the error is (W,)
     image_size                   optional, of the class: the size of its pictures. Then __init__ takes another
     about                        optional: what the protocol line of an evaluation has to say of it
-    batch                        optional, of the class: many of it at once, see simulators/batch.py
+    batch                        optional, of the class: many of it at once, see batch_envs.py
     variations                   optional, of the class: {env_id: {the id of an unseen variation: its group}}
 
 What a user has to put right (assets, an unknown name) is a ValueError of one line. Any other exception, and
@@ -52,14 +52,15 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
+from batch_envs import Batch
 from flags import fail
-from simulators.batch import Batch
 from vector_envs import Simulators, select_rows  # noqa: F401  # the scripts know one place
 
 SIMULATORS = {  # what an env_id begins with: the class, imported when it is asked for
     "tabletop": "simulators.tabletop:Tabletop",
     "tabletop_ood": "simulators.tabletop_shifts:ShiftedTabletop",
     "metaworld": "simulators.metaworld:MetaWorld",
+    "libero_goal_": "simulators.libero_experts:LiberoExperts",
     "libero": "simulators.libero:Libero",
     "maniskill_25": "simulators.put_on_plate:PutOnPlate",
     "maniskill": "simulators.maniskill:ManiSkill",

@@ -75,7 +75,7 @@ def choose_backends(name, obs_mode, device):
 
 
 class ManiSkills:
-    """`num_envs` of them in one scene: a batch on a GPU (batch.py), or one on the CPU."""
+    """`num_envs` of them in one scene: a batch on a GPU (batch_envs.py), or one on the CPU."""
 
     env_ids = [*(f"maniskill_{name}" for name in SIMPLER), "maniskill:*"]
     trials = ("maniskill:PickCube-v1", "state"), ("maniskill:PickCube-v1", "rgb"), ("maniskill_carrot", "rgb")

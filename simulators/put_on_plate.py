@@ -121,7 +121,7 @@ def blend(rgb, kept, photo, texture, strength, whole):
 
 
 class PutOnPlates:
-    """A table for each of `num_envs`: a batch on a GPU (batch.py), or one on the CPU."""
+    """A table for each of `num_envs`: a batch on a GPU (batch_envs.py), or one on the CPU."""
 
     env_ids = list(VARIANTS)
     trials = (("maniskill_25main", "rgb"),)

@@ -14,6 +14,8 @@ import torch
 from envs import make_envs
 from processes import Block
 from simulators.libero import LIBERO_STEPS, PACKAGES, Libero, import_libero
+from simulators.libero_experts import TASKS as EXPERTS
+from simulators.libero_experts import LiberoExperts
 
 for package in ("libero", "robosuite", "bddl"):
     if find_spec(package) is None:
@@ -247,3 +249,69 @@ def test_missing_assets(tmp_path):
 
 def test_unknown_suite(one_line_error):
     assert "libero_goal" in one_line_error(make_envs, "libero_gaol", 1, 0)
+
+
+# --- the scripted experts of LIBERO-Goal ---
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    return LiberoExperts(f"libero_goal_{'+'.join(EXPERTS)}", "state", "paper")
+
+
+@pytest.mark.parametrize("task", range(len(EXPERTS)))
+def test_expert(scripted, task):
+    """It solves a state of each task, by LIBERO's own predicates, well within the limit."""
+    assert scripted.max_episode_steps == 320 and list(scripted.prompts) == list(EXPERTS)
+    scripted.reset(task, 11 + task)
+    bowl = scripted.place("akita_black_bowl_1")
+    for _ in range(120):
+        reward, success = scripted.step(scripted.expert_action())
+        if success:
+            break
+    assert success and reward == 1
+    source, destination = scripted.targets().reshape(2, 3) / 8
+    assert np.linalg.norm((source - destination)[:2]) < 0.05
+    if task == 0:
+        np.testing.assert_allclose(source + [-0.05, 0, 0.95], scripted.place("akita_black_bowl_1"), atol=1e-6)
+        assert np.linalg.norm(scripted.place("akita_black_bowl_1") - bowl) > 0.1
+
+
+def test_expert_aims_where_it_is_told(scripted):
+    """An error of the aim moves the hand by as much, in units of which 8 are a metre."""
+    scripted.reset(0, 3)
+    ends = []
+    for error in (np.zeros(6), np.float32([0.32, -0.4, 0, 0, 0, 0])):
+        scripted.reset(0, 3)
+        for _ in range(20):  # until it is above, or on its way down
+            scripted.step(scripted.expert_action(error))
+        ends.append(scripted.obs["robot0_eef_pos"][:2])
+    np.testing.assert_allclose(ends[1] - ends[0], [0.04, -0.05], atol=0.01)
+
+
+def test_an_expert_picks_it_up_again(scripted):
+    """It has no memory: the bowl slips, and is grasped anew."""
+    scripted.reset(0, 5)
+    for step in range(200):
+        action = scripted.expert_action()
+        if 34 <= step < 40:
+            action[6] = -1
+        _, success = scripted.step(action)
+        if success:
+            break
+    assert success and step > 80
+
+
+def test_scripted_tasks_are_liberos(scripted, goal):
+    """The same states, pictures and successes; what is privileged is no part of an observation."""
+    sim = LiberoExperts("libero_goal_put_the_bowl_on_the_plate", "fast", "paper", image_size=64)
+    sim.reset(0, 4), goal.reset(BOWL_ON_PLATE, 4)
+    assert sim.observe()["images"].shape == (2, 64, 64, 3) and sim.observe().keys() == goal.observe().keys()
+    for action in ACTIONS:
+        assert sim.step(action) == goal.step(action)
+    np.testing.assert_array_equal(sim.observe()["state"], goal.observe()["state"])
+    assert sim.places().shape == (7, 3)
+    with pytest.raises(
+        ValueError, match="no scripted expert for 'turn_on_the_stove', only for put_the_bowl_on"
+    ):
+        LiberoExperts("libero_goal_put_the_bowl_on_the_plate+turn_on_the_stove", "state", "paper")

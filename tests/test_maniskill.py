@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from batch_envs import Batch
 from envs import make_envs
-from simulators.batch import Batch
 from simulators.maniskill import SIMPLER, ManiSkill, check_maniskill
 
 if find_spec("mani_skill") is None:

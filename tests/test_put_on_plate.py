@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from batch_envs import Batch
 from envs import find_variations, make_envs
-from simulators.batch import Batch
 from simulators.put_on_plate import PutOnPlate, blend, find_assets
 from simulators.put_on_plate_episodes import PAIRS, VARIANTS, episode, num_episodes
 

@@ -485,6 +485,7 @@ def test_budgets():
         "layouts.py": 450,
         "envs.py": 350,
         "vector_envs.py": 350,
+        "batch_envs.py": 150,
         "processes.py": 200,
         "flow_sft.py": 350,
         "evaluate.py": 350,

@@ -1,0 +1,82 @@
+"""LIBERO-Goal's tasks with scripted experts: demonstrations, and where things are for stage 0 of flow_sft.py.
+
+`libero_goal_put_the_bowl_on_the_plate` and its siblings are one task each, joined by + they are several. The
+environment is LIBERO's (libero.py): states, actions, pictures, success and initial states are the same. What
+is added is privileged and no part of an observation. An expert grasps a thing, lifts it, carries it over its
+destination and lets it go. It remembers how high the thing lay and nothing else, so it can be asked at any
+moment: also when the thing has slipped, or when somebody else has acted before.
+"""
+
+import numpy as np
+
+from simulators.libero import Libero
+
+MIDDLE, UNIT = np.array([-0.05, 0, 0.95]), 8  # of the table, and of places: 0.16 are 2 cm
+RIM = (0, 0.06, 0.025)  # of the bowl: the fingers close across it
+TASKS = {  # what to grasp, where the hand is over it then, where it has to go, and how far above that
+    "put_the_bowl_on_the_plate": ("akita_black_bowl_1", RIM, "plate_1", 0.04),
+    "put_the_bowl_on_the_stove": ("akita_black_bowl_1", RIM, "flat_stove_1_cook_region", 0.03),
+    "put_the_bowl_on_top_of_the_cabinet": ("akita_black_bowl_1", RIM, "wooden_cabinet_1_top_region", 0.04),
+    "put_the_cream_cheese_in_the_bowl": ("cream_cheese_1", (0, 0, 0), "akita_black_bowl_1", 0.06),
+}
+SEEN = "akita_black_bowl_1", "cream_cheese_1", "wine_bottle_1", "plate_1", "flat_stove_1", "wooden_cabinet_1"
+OPENS, CLOSES = -1, 1
+
+
+class LiberoExperts(Libero):
+    env_ids = [*(f"libero_goal_{task}" for task in TASKS), "libero_goal_*+*"]
+    trials = (("libero_goal_put_the_bowl_on_the_plate", "state"),)
+
+    def __init__(self, env_id, obs_mode, protocol, **size):
+        super().__init__("libero_goal", obs_mode, protocol, **size)
+        chosen = env_id.removeprefix("libero_goal_").split("+")
+        for task in chosen:
+            if task not in TASKS:
+                raise ValueError(f"there is no scripted expert for {task!r}, only for {', '.join(TASKS)}")
+        self.prompts = {task: self.prompts[task] for task in chosen}
+
+    def reset(self, task, state):
+        super().reset(task, state)
+        self.source, self.grip, self.destination, self.above = TASKS[list(self.prompts)[task]]
+        self.lay = self.place(self.source)[2]
+
+    def place(self, name):
+        """Of a thing, or of a region of a piece of furniture."""
+        data, bodies = self.env.sim.data, self.env.env.obj_body_id
+        return (data.body_xpos[bodies[name]] if name in bodies else data.get_site_xpos(name)).copy()
+
+    def places(self):
+        """Privileged: where the hand and the things of the scene are (7, 3)."""
+        seen = [self.obs["robot0_eef_pos"], *map(self.place, SEEN)]
+        return ((np.stack(seen) - MIDDLE) * UNIT).astype(np.float32)
+
+    def targets(self):
+        """Privileged: where source and destination of the instruction are (6,)."""
+        both = np.stack([self.place(self.source), self.place(self.destination)])
+        return ((both - MIDDLE) * UNIT).flatten().astype(np.float32)
+
+    def expert_action(self, aim_error=0):
+        """The scripted expert's, for a hand that points down, as at a reset; aim_error (6,) moves its aim."""
+        moved = (np.zeros(6) + aim_error) / UNIT
+        hand, width = self.obs["robot0_eef_pos"], np.ptp(self.obs["robot0_gripper_qpos"])
+        to_grasp = self.place(self.source) + self.grip - hand
+        lifted = self.place(self.source)[2] > self.lay + 0.01 and np.linalg.norm(to_grasp) < 0.08
+        to_grasp += moved[:3]
+        to_release = self.place(self.destination) + moved[3:] + self.grip + [0, 0, self.above] - hand
+        fingers = self.env.sim.data.qvel[self.env.robots[0]._ref_gripper_joint_vel_indexes]
+        motion, gripper = np.zeros(3), CLOSES
+        if width < 0.075 and (lifted or np.linalg.norm(to_grasp) < 0.04):  # they are around it, and not open
+            over = np.linalg.norm(to_release[:2])
+            if lifted and over < 0.02:  # down, and let it go
+                motion = to_release
+                if over < 0.015 and to_release[2] > -0.02:
+                    motion, gripper = np.zeros(3), OPENS
+            elif lifted or np.abs(fingers).max() < 0.03:  # they hold it: up, then over its destination
+                up = max(1.08 - hand[2], to_release[2] + 0.08)
+                motion = np.array([*(to_release[:2] if up < 0.05 else (0, 0)), up])
+        elif np.abs(to_grasp[2]) >= 0.012 or np.linalg.norm(to_grasp[:2]) >= 0.01:  # on the way to it
+            motion, gripper = to_grasp, OPENS
+            if np.linalg.norm(to_grasp[:2]) >= 0.02:  # first from the side, 10 cm above it
+                motion = to_grasp + [0, 0, 0.1]
+                motion[:2] *= 0.3 if motion[2] > 0.05 else 1
+        return np.array([*np.clip(motion / 0.05, -1, 1), 0, 0, 0, gripper], np.float32)
