@@ -438,12 +438,14 @@ def run_all(chosen, args, known):
 
 
 def cell(samples, form):
-    """Mean over the seeds, with an interval of 95 % (Student's t) where there are two or more."""
+    """Mean over the seeds, with an interval of 95 % (Student's t) from three on; of two, both."""
     samples = [x for x in samples if not math.isnan(x)]
     if not samples:
         return "not run"
     mean, low, high = interval(samples)
-    spread = "" if math.isnan(low) else f" [{form.format(low)}, {form.format(high)}]"
+    spread = f" [{form.format(low)}, {form.format(high)}]"
+    if len(samples) < 3:
+        spread = f" ({', '.join(map(form.format, samples))})" if len(samples) == 2 else ""
     return form.format(mean) + spread
 
 

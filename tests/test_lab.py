@@ -178,7 +178,7 @@ def two_rows(tmp_path, monkeypatch):
         ("ODE",),
     )
     monkeypatch.setattr(ablations, "RUNS", tmp_path)
-    for seed, rates in ((1, [0.3, 0.2, 0.5]), (2, [0.3, 0.25, 0.7])):
+    for seed, rates in ((1, [0.3, 0.2, 0.5]), (2, [0.3, 0.25, 0.7]), (3, [0.3, 0.3, 0.6])):
         make_run(ablations.place("flow_sde_ppo.py") / f"tabletop__x__{seed}__5", rates, seed)
     make_run(ablations.place("flow_noise_ppo.py") / "tabletop__x__1__5", [0.3, 0.4])
     make_run(ablations.place("flow_noise_ppo.py") / "tabletop__x__2__5", [0.9], finished=False)
@@ -199,13 +199,14 @@ def test_table_by_hand(two_rows, tmp_path):
         for line in table(two_rows, tmp_path, 1, 2, 3).splitlines()
     )
     assert head == ["", "start", "lowest", "ODE", "KL", "seeds"]
-    # Student's t with one degree of freedom is 12.706: of 0.5 and 0.7 the standard error is 0.1
+    # Student's t with two degrees of freedom is 4.303: of 0.5, 0.7, 0.6 the standard error is 0.1 / sqrt(3)
     assert a[3].startswith("60.0% [") and b[3] == "40.0%"
     low, high = map(float, re.findall(r"(-?[\d.]+)%", a[3])[1:])
-    assert (low, high) == pytest.approx((60 - 127.06, 60 + 127.06), abs=0.1)
-    assert a[1] == "30.0% [30.0%, 30.0%]" and a[2].startswith("22.5% [") and b[2] == "30.0%"
+    assert (low, high) == pytest.approx((60 - 24.84, 60 + 24.84), abs=0.1)
+    assert a[1] == "30.0% [30.0%, 30.0%]" and a[2].startswith("25.0% [") and b[2] == "30.0%"
+    assert "| 22.5% (20.0%, 25.0%) |" in re.sub(" +", " ", table(two_rows, tmp_path, 1, 2))
     assert b[4] == "0.380"  # of iterations 36 to 40
-    assert (a[5], b[5]) == ("1, 2", "1")  # the second run of b has not finished
+    assert (a[5], b[5]) == ("1, 2, 3", "1")  # the second run of b has not finished
 
 
 def test_what_is_recorded_needs_no_folder(two_rows, tmp_path, monkeypatch):
@@ -219,7 +220,7 @@ def test_what_is_recorded_needs_no_folder(two_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "call", lambda words, log: asked.append(words) or 1)
     assert ablations.train("flow_sde_ppo.py", 2, False, known) == 0 and not asked
     assert ablations.train("flow_sde_ppo.py", 2, True, known) == 1  # with noise
-    assert ablations.train("flow_sde_ppo.py", 3, False, known) == 1 and len(asked) == 2
+    assert ablations.train("flow_sde_ppo.py", 4, False, known) == 1 and len(asked) == 2
 
 
 def test_success_with_noise_is_that_of_the_evaluation(two_rows, tmp_path):
