@@ -435,7 +435,7 @@ def test_flops_of_pi0():
     vision = 512 * (27 * (4 * 1152**2 + 2 * 1152 * 4304) + 3 * 14**2 * 1152 + 1152 * 2048)
     vision += 2 * 27 * 2 * 256**2 * 1152
     layer = 526 * (2 * 2048**2 + 2 * 2048 * 256 + 3 * 2048 * 16384) + 2 * 526**2 * 2048
-    last = 526 * (2048**2 + 2 * 2048 * 256)  # its keys and values, and queries, which nobody needs
+    last = 526 * 2 * 2048 * 256  # its keys and values
     assert see == pytest.approx(2 * (vision + 17 * layer + last), rel=1e-3)
     layer = 51 * (2 * 1024 * 2048 + 2 * 1024 * 256 + 3 * 1024 * 4096) + 2 * 51 * 577 * 2048
     assert step == pytest.approx(2 * (18 * layer + 50 * (3 * 1024**2 + 2 * 32 * 1024)), rel=1e-3)

@@ -451,9 +451,9 @@ def test_broken_is_caught(check, broken, monkeypatch):
 def test_with_the_original_waves(monkeypatch):
     """In fp32, as the original computes them, the angles differ by 1e-4 rad; all else by a tenth of that."""
     with pytest.raises(AssertionError):
-        check_velocity(atol=1e-5)
+        check_velocity(atol=2e-5)
     monkeypatch.setattr(gr00t_models, "waves", fp32_waves)
-    check_velocity(atol=1e-5)
+    check_velocity(atol=2e-5)  # 1.2e-5 on a processor with AVX-512, below 1e-5 on one without
 
 
 # --- one context for the steps of a chunk ---
