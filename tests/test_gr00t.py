@@ -448,12 +448,25 @@ def test_broken_is_caught(check, broken, monkeypatch):
         check()
 
 
+@torch.no_grad()
+def velocity_error():
+    off = []
+    for policy, prefix, rows, io in each():
+        for i, tau in enumerate(io["taus"]):
+            velocity, features = policy.velocity(prefix, io["noise"][rows], tau.expand(len(rows)))
+            off += [(velocity - io["velocity"][i, rows]).abs().max()]
+            off += [(features - io["dit_hidden"][i, rows]).abs().max()]
+    return max(off)
+
+
 def test_with_the_original_waves(monkeypatch):
-    """In fp32, as the original computes them, the angles differ by 1e-4 rad; all else by a tenth of that."""
-    with pytest.raises(AssertionError):
-        check_velocity(atol=2e-5)
+    """In fp32, as the original computes them, the angles differ by 1e-4 rad: most of what is left.
+
+    How much of it is rounding depends on the processor: below 1e-5 on one, 2.2e-5 of 5.6e-5 on another.
+    """
+    ours = velocity_error()
     monkeypatch.setattr(gr00t_models, "waves", fp32_waves)
-    check_velocity(atol=2e-5)  # 1.2e-5 on a processor with AVX-512, below 1e-5 on one without
+    assert velocity_error() < min(3e-5, 0.6 * ours)
 
 
 # --- one context for the steps of a chunk ---
