@@ -33,6 +33,8 @@ ROWS = {  # name: env_id, obs_mode, environments per process of make_envs, steps
     "pickcube-state": ("maniskill:PickCube-v1", "state", 8, 50),
     "pickcube-rgb": ("maniskill:PickCube-v1", "rgb", 1, 50),
     "carrot-rgb": ("maniskill_carrot", "rgb", 1, 60),
+    "plate-rgb": ("maniskill_25main", "rgb", 1, None),  # these two are this project's own: no bare loop
+    "calvin-rgb": ("calvin_d", "rgb", 1, None),
 }
 
 
@@ -124,6 +126,7 @@ def measure(name, args):
     dim, first = envs.single_action_space.shape[0], {"eval_states": np.zeros(n, int)}
     # SIMPLER's tasks draw at every step, whether somebody looks or not
     draws = ["never"] if mode == "state" else ["always"] if name == "carrot-rgb" else ["always", "asked"]
+    draws = draws if episode else []
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     for draw in draws:
         pairs = [context.Pipe() for _ in range(args.processes)]
