@@ -15,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
 from flags import fail, tell
-from vector_envs import check_actions, chosen_states, select_rows, where
+from vector_envs import Simulators, check_actions, chosen_states, select_rows, where
 
 
 class Batch(gym.vector.VectorEnv):
@@ -67,15 +67,8 @@ class Batch(gym.vector.VectorEnv):
         self.started = True
         return self._observe(), {}
 
-    def get_state(self) -> dict:
-        """What is drawn next. Where the episodes are is inside of the simulator and not saved."""
-        return {"rng": self.rng.bit_generator.state}
-
-    def set_state(self, saved: dict) -> dict:
-        """As after `get_state`, but in new episodes: their observation."""
-        self.rng.bit_generator.state = saved["rng"]
-        tell(f"{self.env_id}: episodes begin anew, its state is not saved")
-        return self.reset()[0]
+    # what is drawn next, and no more: where the episodes are is inside of the simulator
+    get_state, set_state = Simulators.get_state, Simulators.set_state
 
     def _observe(self):
         self.obs = self.scene.observe() | {"prompt": [self.prompts[task] for task in self.task]}
