@@ -6,7 +6,7 @@ be made again. Figures of every run are kept in docs/results/ablations.json (an 
 run anew), tables go between their marks in docs/results/ablations.md, with the seeds of a row that have
 finished, pictures to docs/results/ablations/NAME.png.
 
-    python benchmark/ablations.py all                   # about three hours on two cores, by estimate
+    python benchmark/ablations.py all                   # an hour and a half on two idle cores
     python benchmark/ablations.py noise steps --jobs 1  # of these two
     python benchmark/ablations.py all --only show       # the commands
     python benchmark/ablations.py all --only tables     # tables and pictures of the runs that there are
