@@ -67,8 +67,13 @@ class Batch(gym.vector.VectorEnv):
         self.started = True
         return self._observe(), {}
 
-    # what is drawn next, and no more: where the episodes are is inside of the simulator
-    get_state, set_state = Simulators.get_state, Simulators.set_state
+    def get_state(self) -> dict:
+        """What is drawn next. Where the episodes are is inside of the simulator and not saved."""
+        return Simulators.get_state(self)
+
+    def set_state(self, saved: dict) -> dict:
+        """As after `get_state`, but in new episodes: their observation."""
+        return Simulators.set_state(self, saved)
 
     def _observe(self):
         self.obs = self.scene.observe() | {"prompt": [self.prompts[task] for task in self.task]}
