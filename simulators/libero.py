@@ -73,25 +73,19 @@ class Libero:
 
     def _build(self, task):
         logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # three lines about macros per process
-        import torch
         from libero.libero.envs.env_wrapper import ControlEnv
         from robosuite.utils.observables import Observable, sensor
 
         if self.env is not None:
             self.env.close()
-        name = list(self.prompts)[task]
         self.env = ControlEnv(
-            bddl_file_name=f"{self.folder}/bddl_files/{self.suite}/{name}.bddl",
+            bddl_file_name=self.problem(task),
             use_camera_obs=False,
             has_offscreen_renderer=False,
             ignore_done=True,  # how long an episode lasts is decided in envs.py
             hard_reset=False,  # a reset keeps the compiled scene
         )
-        rebuild = np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"  # NumPy 1's name
-        numpy = [rebuild, np.ndarray, np.dtype, np.dtypes.Float64DType]
-        with torch.serialization.safe_globals(numpy):  # arrays, and nothing else
-            file = f"{self.folder}/init_files/{self.suite}/{name}.pruned_init"
-            self.states, self.task = torch.load(file, weights_only=True), task  # (50, 1 + nq + nv)
+        self._read_states(task)
 
         @sensor(modality="poses")
         def note_poses(_):
@@ -101,6 +95,20 @@ class Libero:
         robosuite, needed = self.env.env, ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
         robosuite._observables = {name: robosuite._observables[name] for name in needed}
         robosuite.add_observable(Observable("poses", note_poses))
+
+    def problem(self, task):
+        """The file that describes it."""
+        return f"{self.folder}/bddl_files/{self.suite}/{list(self.prompts)[task]}.bddl"
+
+    def _read_states(self, task):
+        """The task's initial states (50, 1 + nq + nv)."""
+        import torch
+
+        rebuild = np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"  # NumPy 1's name
+        numpy = [rebuild, np.ndarray, np.dtype, np.dtypes.Float64DType]
+        file = f"{self.folder}/init_files/{self.suite}/{list(self.prompts)[task]}.pruned_init"
+        with torch.serialization.safe_globals(numpy):  # arrays, and nothing else
+            self.states, self.task = torch.load(file, weights_only=True), task
 
     def reset(self, task, state):
         if task != self.task:

@@ -35,6 +35,15 @@ class LiberoExperts(Libero):
                 raise ValueError(f"there is no scripted expert for {task!r}, only for {', '.join(TASKS)}")
         self.prompts = {task: self.prompts[task] for task in chosen}
 
+    def _build(self, task):
+        """These tasks differ in goal and initial states only, so the compiled scene stays."""
+        if self.env is None:
+            return super()._build(task)
+        from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+        self.env.env.parsed_problem = robosuite_parse_problem(self.problem(task))
+        self._read_states(task)
+
     def reset(self, task, state):
         super().reset(task, state)
         self.source, self.grip, self.destination, self.above = TASKS[list(self.prompts)[task]]
