@@ -1,7 +1,7 @@
 """LIBERO-Goal's tasks with scripted experts: demonstrations, and where things are for stage 0 of flow_sft.py.
 
-`libero_goal_put_the_bowl_on_the_plate` and its siblings are one task each, joined by + they are several. The
-environment is LIBERO's (libero.py): states, actions, pictures, success and initial states are the same. What
+`libero_goal_put_the_bowl_on_the_plate` and its siblings are one task each, `libero_goal_experts` is
+all of them. The environment is LIBERO's (libero.py): states, actions, pictures, success and initial states are the same. What
 is added is privileged and no part of an observation. An expert grasps a thing, lifts it, carries it over its
 destination and lets it go. It remembers how high the thing lay and nothing else, so it can be asked at any
 moment: also when the thing has slipped, or when somebody else has acted before.
@@ -24,16 +24,13 @@ OPENS, CLOSES = -1, 1
 
 
 class LiberoExperts(Libero):
-    env_ids = [*(f"libero_goal_{task}" for task in TASKS), "libero_goal_*+*"]
+    env_ids = [*(f"libero_goal_{task}" for task in TASKS), "libero_goal_experts"]
     trials = (("libero_goal_put_the_bowl_on_the_plate", "state"),)
 
     def __init__(self, env_id, obs_mode, protocol, **size):
         super().__init__("libero_goal", obs_mode, protocol, **size)
-        chosen = env_id.removeprefix("libero_goal_").split("+")
-        for task in chosen:
-            if task not in TASKS:
-                raise ValueError(f"there is no scripted expert for {task!r}, only for {', '.join(TASKS)}")
-        self.prompts = {task: self.prompts[task] for task in chosen}
+        name = env_id.removeprefix("libero_goal_")
+        self.prompts = {task: self.prompts[task] for task in TASKS if name in (task, "experts")}
 
     def _build(self, task):
         """These tasks differ in goal and initial states only, so the compiled scene stays."""
