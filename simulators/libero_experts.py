@@ -1,10 +1,10 @@
 """LIBERO-Goal's tasks with scripted experts: demonstrations, and where things are for stage 0 of flow_sft.py.
 
-`libero_goal_put_the_bowl_on_the_plate` and its siblings are one task each, `libero_goal_experts` is all of them.
+`libero_goal_put_the_bowl_on_the_plate` and its siblings are one task each, `libero_goal_experts` is all four.
 The environment is LIBERO's (libero.py): states, actions, pictures, success and initial states are the same.
 What is added is privileged and no part of an observation. An expert grasps a thing, lifts it, carries it over
-its destination and lets it go. It remembers how high the thing lay and nothing else, so it can be asked at any
-moment: also when the thing has slipped, or when somebody else has acted before.
+its destination and lets it go. It remembers how high the thing lay and nothing else, so it can be asked at
+any moment: also when the thing has slipped, or when somebody else has acted before.
 """
 
 import numpy as np
