@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+import flow_sde_ppo
 from envs import make_envs
+from flow_sde_ppo import Agent
+from pi_models import load_policy
 from processes import Block
 from simulators.libero import LIBERO_STEPS, PACKAGES, Libero, import_libero
 from simulators.libero_experts import TASKS as EXPERTS
@@ -311,3 +314,30 @@ def test_scripted_tasks_are_liberos(scripted, goal):
         assert sim.step(action) == goal.step(action)
     np.testing.assert_array_equal(sim.observe()["state"], goal.observe()["state"])
     assert sim.places().shape == (7, 3)
+
+
+@draws
+def test_no_privileged_number_reaches_the_policy():
+    """All that is known of where things are set to zero, the pictures kept: the same actions."""
+    sim = LiberoExperts("libero_goal_put_the_bowl_on_the_plate", "fast", "paper", image_size=32)
+    policy = load_policy("tiny")
+    policy.fit_robot(8, 7)
+    agent = Agent(policy, flow_sde_ppo.Args())
+
+    def act(seen):
+        images = seen["images"][:1]  # this policy has one camera
+        obs = {"images": images[None], "state": seen["state"][None], "prompt": ["put the bowl on the plate"]}
+        chain, *_ = agent.act(policy.encode(policy.preprocess(obs)), torch.Generator().manual_seed(0))
+        return policy.postprocess(chain[:, -1], obs)
+
+    sim.reset(0, 7)
+    seen, known = sim.observe(), sim.places()
+    assert set(seen) == {"images", "state"} and seen["state"].shape == (8,)
+    data = sim.env.sim.data
+    for numbers in (data.qpos, data.qvel, data.body_xpos, data.body_xquat, data.xpos):
+        numbers[:] = 0
+    assert not np.allclose(sim.places()[1:], known[1:])
+    again = sim.observe()
+    np.testing.assert_array_equal(act(again), act(seen))
+    again["images"] = again["images"] * np.uint8(0)
+    assert np.abs(act(again) - act(seen)).max() > 1e-4  # a picture is read

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# What metaworld_pixels.sh and libero_pixels.sh do: SFT on ten demonstrations of a task, RL from there, 50 fixed
+# episodes of every policy by the ODE; then the table, docs/NAME.png and, of the first task, docs/NAME.gif.
+#
+# Done work is skipped, so it can be stopped and started again. Seconds of every step: $OUT/seconds.txt.
+# Environment: NAME, PREFIX (of the ids), START (the pre-trained policy) and STAGE0 (flags that made it), RL (flags of
+# the scripts), TASKS (name:steps of SFT), STEPS (of a run), and for the user SEEDS, NOISE and GRPO (these scripts'
+# tasks), PRETRAIN (not empty: stage 0 again, overwrites START), PYTHON, JOBS (trainings at once), OUT.
+set -euo pipefail
+if [[ " $* " == *" --help "* ]]; then sed -n '2,/^set/{s/^# \?//p}' "${BASH_SOURCE[0]}"; exit; fi
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
+export PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/$NAME} JOBS=${JOBS:-1}
+export PREFIX START RL STEPS
+
+timed() {  # what, and its command
+  local began=$SECONDS
+  "${@:2}" > "$OUT/$1.log" 2>&1
+  echo "$1 $((SECONDS - began))" >> "$OUT/seconds.txt"
+}
+pretrain() {
+  [ -f "$OUT/pretrain.log" ] && return
+  timed pretrain "$PYTHON" flow_sft.py --pretrain --obs-mode fast $STAGE0 --output "$START"
+}
+sft() {  # task:steps
+  local task=${1%:*} out=$OUT/sft/${1%:*}
+  [ -f "$out/model.safetensors" ] && return
+  timed "sft-$task" "$PYTHON" flow_sft.py --env-id "$PREFIX$task" --obs-mode fast --checkpoint "$START" \
+    --num-envs 8 --num-demos 10 --total-steps "${1#*:}" --learning-rate 3e-4 --output "$out"
+}
+train() {  # script task seed
+  local out=$OUT/$1/$2-$3
+  ls "$out"/*/learning_curve.png > /dev/null 2>&1 && return
+  timed "$1-$2-$3" "$PYTHON" "$1.py" --env-id "$PREFIX$2" --model tiny --obs-mode fast --checkpoint "$OUT/sft/$2" \
+    --seed "$3" $RL --total-timesteps "$STEPS" --save-freq 5 --eval-freq -1 --run-dir "$out" --resume auto
+}
+evaluate() {  # task
+  [ -f "$OUT/$1.json" ] && return
+  local policies=("$OUT/sft/$1")
+  for policy in "$OUT"/flow_*/"$1"-?/*/checkpoint; do [ -d "$policy" ] && policies+=("$policy"); done
+  timed "evaluate-$1" "$PYTHON" evaluate.py --env-id "$PREFIX$1" --obs-mode fast --num-envs 10 --denoise-steps 2 \
+    --json "$OUT/$1.json" --capture-video "$OUT/$1.gif" --checkpoints "${policies[@]}"
+}
+export -f timed sft train evaluate
+mkdir -p "$OUT/flow_sde_ppo" "$OUT/flow_noise_ppo" "$OUT/flow_sde_grpo"
+
+[ -z "${PRETRAIN:-}" ] || pretrain
+names=$(for task in $TASKS; do echo "${task%:*}"; done)
+for task in $TASKS; do echo "sft $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
+for seed in ${SEEDS:-1 2 3}; do
+  for task in $names; do echo "train flow_sde_ppo $task $seed"; done
+  for task in ${NOISE:-}; do echo "train flow_noise_ppo $task $seed"; done
+  for task in ${GRPO:-}; do echo "train flow_sde_grpo $task $seed"; done
+done | xargs -P "$JOBS" -I{} bash -c '{}'
+for task in $names; do echo "evaluate $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
+$PYTHON benchmark/metaworld_table.py "$OUT" --output "docs/$NAME.png"
+cp "$OUT/${names%%$'\n'*}.gif" "docs/$NAME.gif"  # of the first task
+cat "$OUT/seconds.txt"
