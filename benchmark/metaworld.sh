@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MetaWorld from the state: SFT on ten demonstrations of a task, RL by Flow-SDE and Flow-Noise with as much
 # exploration and as many steps, three seeds, 50 episodes of every policy; then the table and docs/metaworld.png
-# by benchmark/metaworld_table.py. Three minutes of one core for each training.
+# by benchmark/rl_table.py. Three minutes of one core for each training.
 #
 #     JOBS=2 bash benchmark/metaworld.sh    # so many trainings at once
 #
@@ -52,4 +52,4 @@ for seed in $SEEDS; do
   for task in $NOISE; do echo "train flow_noise_ppo $task $seed"; done
 done | xargs -P "$JOBS" -I{} bash -c '{}'
 for task in $names; do echo "evaluate $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
-$PYTHON benchmark/metaworld_table.py "$OUT" --output "$PICTURE"
+$PYTHON benchmark/rl_table.py "$OUT" --output "$PICTURE"

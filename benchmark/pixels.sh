@@ -53,6 +53,6 @@ for seed in ${SEEDS:-1 2 3}; do
   for task in ${GRPO:-}; do echo "train flow_sde_grpo $task $seed"; done
 done | xargs -P "$JOBS" -I{} bash -c '{}'
 for task in $names; do echo "evaluate $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
-$PYTHON benchmark/metaworld_table.py "$OUT" --output "docs/$NAME.png"
+$PYTHON benchmark/rl_table.py "$OUT" --output "docs/$NAME.png"
 cp "$OUT/${names%%$'\n'*}.gif" "docs/$NAME.gif"  # of the first task
 cat "$OUT/seconds.txt"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# MetaWorld from pictures, a policy for each task: benchmark/pixels.sh says what is done, and what can be changed.
+#
+#     JOBS=2 bash benchmark/libero_pixels.sh       # from the shipped policy, checkpoints/tiny-libero
+#     PRETRAIN=1 bash benchmark/libero_pixels.sh   # and that policy again, which is overwritten
+export NAME=libero_pixels PREFIX=libero_ START=checkpoints/tiny-libero STEPS=${STEPS:-64000}
+export STAGE0="--env-id libero_button-press-topdown+coffee-button+hammer+coffee-push+push+stick-push --image-size 96"
+export RL="--num-envs 32 --num-steps 20 --denoise-steps 2 --update-epochs 2 --num-minibatches 2 --learning-rate 3e-4"
+RL+=" --lr-schedule cosine --target-kl 0.1"
+export TASKS=${TASKS:-"button-press-topdown:10"}
+exec bash "$(dirname "${BASH_SOURCE[0]}")/pixels.sh" "$@"
