@@ -70,7 +70,7 @@ def mean_row(starts, ended, scripts):
         means = np.mean([rate[:count] - start for start, rate in has], axis=0)
         if count - 1 in T95:
             spread = f" ± {100 * T95[count - 1] * means.std(ddof=1) / np.sqrt(count):.1f}"
-        few = f" ({len(has)} tasks)" if len(has) < len(starts) else ""
+        few = f" (of {len(has)})" if len(has) < len(starts) else ""
         cells += [f"**{np.mean([rate.mean() for _, rate in has]):.1%}**{few}"]
         cells += [f"**{100 * np.mean([rate.mean() - start for start, rate in has]):+.1f}**{spread}"]
     return cells

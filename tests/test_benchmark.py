@@ -21,6 +21,7 @@ import full_size  # noqa: E402
 import gradient  # noqa: E402
 import marginals  # noqa: E402
 import plot  # noqa: E402
+import rl_table  # noqa: E402
 import schedules  # noqa: E402
 import solvers  # noqa: E402
 import variations_table  # noqa: E402
@@ -287,6 +288,49 @@ def test_variations_table(tmp_path, capsys, one_line_error):
 
 
 # --- solvers.py ---
+
+
+def test_table_of_sft_and_rl(tmp_path, capsys, one_line_error):
+    """By hand: a task's gain is over SFT, the mean's interval over the seeds, by Student's t."""
+    args = rl_table.Args(tmp_path, tmp_path / "curves.png")
+    assert "no reports" in one_line_error(rl_table.main, args)
+    tasks = {
+        "push": (20, {"sde": (40, 45, 35), "noise": (30,)}),
+        "coffee-button": (10, {"sde": (30, 20, 25)}),
+    }
+    for task, (start, trained) in tasks.items():
+        results = [{"checkpoint": f"sft/{task}", "successes": start, "episodes": 50}]
+        for name, counts in trained.items():
+            results += [
+                {
+                    "checkpoint": f"runs/flow_{name}_ppo/{task}-{seed}/x/checkpoint",
+                    "successes": n,
+                    "episodes": 50,
+                }
+                for seed, n in enumerate(counts, 1)
+            ]
+        told = [
+            result | {"success_rate": result["successes"] / 50, "interval": [0.1, 0.5]} for result in results
+        ]
+        (tmp_path / f"{task}.json").write_text(json.dumps({"results": told}))
+    rl_table.main(args)
+    printed = capsys.readouterr().out.splitlines()
+    header, _, easy, hard, mean, *_ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in printed)
+    assert header[3:] == ["Flow-SDE PPO: seeds, mean", "gain", "Flow-Noise PPO: seeds, mean", "gain"]
+    assert easy[:3] == ["coffee-button", "easy", "20.0% [10%, 50%]"] and easy[4:] == ["+30.0", "not run", ""]
+    # of 120 of 150: Wilson's interval
+    assert hard[3:] == [
+        "80% / 90% / 70%, **80.0%** [73%, 86%]",
+        "+40.0",
+        "60%, **60.0%** [46%, 72%]",
+        "+20.0",
+    ]
+    # gains of the seeds: (40 + 40) / 2, (50 + 20) / 2, (30 + 30) / 2, so 35 +- 4.303 * 5 / sqrt(3)
+    assert mean[2:5] == ["30.0%", "**65.0%**", "**+35.0** ± 12.4"] and mean[5:] == [
+        "**60.0%** (of 1)",
+        "**+20.0**",
+    ]
+    assert (tmp_path / "curves.png").stat().st_size > 10000
 
 
 def test_exploration_of_two_steps():
