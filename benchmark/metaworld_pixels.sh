@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# MetaWorld from pictures, a policy for each task: benchmark/pixels.sh says what is done, and what can be changed.
+# MetaWorld from pictures, a policy for each of six tasks: pixels.sh says what is done, and what can be changed.
 #
 #     JOBS=2 bash benchmark/metaworld_pixels.sh       # from the shipped policy, checkpoints/tiny-metaworld
 #     PRETRAIN=1 bash benchmark/metaworld_pixels.sh   # and that policy again, which is overwritten
 export NAME=metaworld_pixels PREFIX=metaworld_ START=checkpoints/tiny-metaworld STEPS=${STEPS:-64000}
-export STAGE0="--env-id metaworld_button-press-topdown+coffee-button+hammer+coffee-push+push+stick-push --image-size 96"
-export RL="--num-envs 32 --num-steps 20 --denoise-steps 2 --update-epochs 2 --num-minibatches 2 --learning-rate 3e-4"
+STAGE0="--env-id metaworld_button-press-topdown+coffee-button+hammer+coffee-push+hand-insert+stick-push"
+STAGE0+=" --image-size 96 --patch-size 16 --num-envs 10 --num-scenes 18000 --scene-chunks 3 --vlm-steps 2200"
+STAGE0+=" --max-error 0.1 --batch-size 64 --play-episodes 15 --play-steps 300 --sloppiness 0.8"
+RL="--num-envs 32 --num-steps 20 --denoise-steps 2 --update-epochs 2 --num-minibatches 2 --learning-rate 3e-4"
 RL+=" --lr-schedule cosine --target-kl 0.1"
-export TASKS=${TASKS:-"button-press-topdown:10"}
+# task:steps of SFT, few enough that the policy is not good yet
+TASKS=${TASKS:-"button-press-topdown:20 coffee-button:5 coffee-push:150 stick-push:150"}
+export STAGE0 RL TASKS
 exec bash "$(dirname "${BASH_SOURCE[0]}")/pixels.sh" "$@"
