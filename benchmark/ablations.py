@@ -443,6 +443,8 @@ def cell(samples, form):
     if not samples:
         return "not run"
     mean, low, high = interval(samples)
+    if form == PERCENT:  # no rate is below 0 or above 1
+        low, high = max(low, 0), min(high, 1)
     spread = f" [{form.format(low)}, {form.format(high)}]"
     if len(samples) < 3:
         spread = f" ({', '.join(map(form.format, samples))})" if len(samples) == 2 else ""
