@@ -6,10 +6,10 @@
 export NAME=metaworld_pixels PREFIX=metaworld_ START=checkpoints/tiny-metaworld STEPS=${STEPS:-64000}
 STAGE0="--env-id metaworld_button-press-topdown+coffee-button+hammer+coffee-push+hand-insert+stick-push"
 STAGE0+=" --image-size 96 --patch-size 16 --num-envs 10 --num-scenes 18000 --scene-chunks 3 --vlm-steps 2200"
-STAGE0+=" --max-error 0.1 --batch-size 64 --play-episodes 15 --play-steps 300 --sloppiness 0.8"
-RL="--num-envs 32 --num-steps 20 --denoise-steps 2 --update-epochs 2 --num-minibatches 2 --learning-rate 3e-4"
-RL+=" --lr-schedule cosine --target-kl 0.1"
+STAGE0+=" --max-error 0.1 --batch-size 64 --play-episodes 12 --play-steps 3000 --sloppiness 0.4"
+RL="--num-envs 32 --num-steps 20 --denoise-steps 2 --update-epochs 4 --num-minibatches 4 --learning-rate 2e-4"
+RL+=" --lr-warmup 4 --lr-schedule cosine --target-kl 0.1"
 # task:steps of SFT, few enough that the policy is not good yet
-TASKS=${TASKS:-"button-press-topdown:20 coffee-button:5 coffee-push:150 stick-push:150"}
+TASKS=${TASKS:-"coffee-push:30 stick-push:40 button-press-topdown:8 coffee-button:5 hammer:100 hand-insert:250"}
 export STAGE0 RL TASKS
 exec bash "$(dirname "${BASH_SOURCE[0]}")/pixels.sh" "$@"
