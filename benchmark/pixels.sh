@@ -10,7 +10,7 @@ set -euo pipefail
 if [[ " $* " == *" --help "* ]]; then sed -n '2,/^set/{s/^# \?//p}' "${BASH_SOURCE[0]}"; exit; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
-export PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/$NAME} JOBS=${JOBS:-1}
+export PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/$NAME} JOBS=${JOBS:-1} SEEDS=${SEEDS:-1 2 3}
 export PREFIX START RL STEPS
 
 timed() {  # what, and its command
@@ -35,11 +35,15 @@ train() {  # script task seed
     --seed "$3" $RL --total-timesteps "$STEPS" --save-freq 5 --eval-freq -1 --run-dir "$out" --resume auto
 }
 evaluate() {  # task
-  [ -f "$OUT/$1.json" ] && return
+  [ -f "$OUT/$1.json" ] && [ -z "$(find "$OUT"/flow_*/"$1"-? -name learning_curve.png -newer "$OUT/$1.json")" ] && return
   local policies=("$OUT/sft/$1")
   for policy in "$OUT"/flow_*/"$1"-?/*/checkpoint; do [ -d "$policy" ] && policies+=("$policy"); done
   timed "evaluate-$1" "$PYTHON" evaluate.py --env-id "$PREFIX$1" --obs-mode fast --num-envs 10 --denoise-steps 2 \
-    --json "$OUT/$1.json" --capture-video "$OUT/$1.gif" --checkpoints "${policies[@]}"
+    --json "$OUT/$1.json" --checkpoints "${policies[@]}"
+}
+film() {  # task: before and after
+  timed film "$PYTHON" evaluate.py --env-id "$PREFIX$1" --obs-mode fast --num-envs 10 --denoise-steps 2 --labels "after SFT" \
+    "after RL" --checkpoints "$OUT/sft/$1" "$OUT/flow_sde_ppo/$1-${SEEDS%% *}"/*/checkpoint --capture-video "docs/$NAME.gif"
 }
 export -f timed sft train evaluate
 mkdir -p "$OUT/flow_sde_ppo" "$OUT/flow_noise_ppo" "$OUT/flow_sde_grpo"
@@ -47,12 +51,12 @@ mkdir -p "$OUT/flow_sde_ppo" "$OUT/flow_noise_ppo" "$OUT/flow_sde_grpo"
 [ -z "${PRETRAIN:-}" ] || pretrain
 names=$(for task in $TASKS; do echo "${task%:*}"; done)
 for task in $TASKS; do echo "sft $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
-for seed in ${SEEDS:-1 2 3}; do
+for seed in $SEEDS; do
   for task in $names; do echo "train flow_sde_ppo $task $seed"; done
   for task in ${NOISE:-}; do echo "train flow_noise_ppo $task $seed"; done
   for task in ${GRPO:-}; do echo "train flow_sde_grpo $task $seed"; done
 done | xargs -P "$JOBS" -I{} bash -c '{}'
 for task in $names; do echo "evaluate $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
 $PYTHON benchmark/rl_table.py "$OUT" --output "docs/$NAME.png"
-cp "$OUT/${names%%$'\n'*}.gif" "docs/$NAME.gif"  # of the first task
+film "${names%%$'\n'*}"
 cat "$OUT/seconds.txt"
