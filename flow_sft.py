@@ -307,7 +307,7 @@ def check(args):
     for wrong, message in [
         (
             args.pretrain and not hasattr(simulator, "targets"),
-            "--pretrain: tabletop and MetaWorld only",
+            "--pretrain: tabletop, MetaWorld and LIBERO-Goal's experts only",
         ),
         (args.pretrain and args.checkpoint not in TINY_POLICIES, f"--pretrain makes {choices} only"),
         (args.image_size % args.patch_size, "--image-size must be a multiple of --patch-size"),

@@ -266,7 +266,7 @@ NOTHING = {  # flags that do nothing where they stand: (script, flags, what the 
     "demonstrations of stage 1": (flow_sft, "--pretrain --num-demos 7", "--num-demos has no effect with"),
     "no expert": (flow_sft, "--env-id libero_goal", "libero_goal has no scripted expert"),
     "another policy": (flow_sft, "--pretrain --checkpoint checkpoints/tiny", "makes tiny or tiny-gr00t only"),
-    "elsewhere": (flow_sft, "--env-id libero_goal --pretrain", "--pretrain: tabletop and MetaWorld only"),
+    "elsewhere": (flow_sft, "--env-id libero_goal --pretrain", "--pretrain: tabletop, MetaWorld"),
     "half a patch": (flow_sft, "--pretrain --image-size 36", "must be a multiple of --patch-size"),
     "a file in the way": (flow_sft, "--output {tmp}/file", "file also has a file of this name"),
     "below a file": (flow_sft, "--output {tmp}/file/x", "cannot be written"),
