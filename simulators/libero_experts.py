@@ -3,8 +3,9 @@
 `libero_goal_put_the_bowl_on_the_plate` and its siblings are one task each, `libero_goal_experts` is all four.
 The environment is LIBERO's (libero.py): states, actions, pictures, success and initial states are the same.
 What is added is privileged and no part of an observation. An expert grasps a thing, lifts it, carries it over
-its destination and lets it go. It remembers how high the thing lay and nothing else, so it can be asked at
-any moment: also when the thing has slipped, or when somebody else has acted before.
+its destination and lets it go. It remembers nothing, so it can be asked at any moment: also when the thing has
+slipped, or when somebody else has acted before. Its motion changes little where the scene does: one that
+jumps between up and down is hard to learn from.
 """
 
 import numpy as np
@@ -44,7 +45,6 @@ class LiberoExperts(Libero):
     def reset(self, task, state):
         super().reset(task, state)
         self.source, self.grip, self.destination, self.above = TASKS[list(self.prompts)[task]]
-        self.lay = self.place(self.source)[2]
 
     def place(self, name):
         """Of a thing, or of a region of a piece of furniture."""
@@ -66,23 +66,20 @@ class LiberoExperts(Libero):
         moved = (np.zeros(6) + aim_error) / UNIT
         hand, width = self.obs["robot0_eef_pos"], np.ptp(self.obs["robot0_gripper_qpos"])
         to_grasp = self.place(self.source) + self.grip - hand
-        lifted = self.place(self.source)[2] > self.lay + 0.01 and np.linalg.norm(to_grasp) < 0.08
+        grasps = width < 0.075 and np.linalg.norm(to_grasp) < 0.04  # the fingers are around it, and not open
         to_grasp += moved[:3]
         to_release = self.place(self.destination) + moved[3:] + self.grip + [0, 0, self.above] - hand
-        fingers = self.env.sim.data.qvel[self.env.robots[0]._ref_gripper_joint_vel_indexes]
-        motion, gripper = np.zeros(3), CLOSES
-        if width < 0.075 and (lifted or np.linalg.norm(to_grasp) < 0.04):  # they are around it, and not open
+        # down a funnel, whose wall is three times as high above its bottom as far from its axis
+        if not grasps:
+            gripper = CLOSES if np.linalg.norm(to_grasp) < 0.015 else OPENS
+            motion = to_grasp + [0, 0, np.clip(3 * np.linalg.norm(to_grasp[:2]) - 0.03, 0, 0.1)]
+            motion[:2] *= np.clip(1.25 - motion[2] / 0.08, 0.2, 1)  # up first, where it is below that
+        else:
             over = np.linalg.norm(to_release[:2])
-            if lifted and over < 0.02:  # down, and let it go
-                motion = to_release
-                if over < 0.015 and to_release[2] > -0.02:
-                    motion, gripper = np.zeros(3), OPENS
-            elif lifted or np.abs(fingers).max() < 0.03:  # they hold it: up, then over its destination
-                up = max(1.08 - hand[2], to_release[2] + 0.08)
-                motion = np.array([*(to_release[:2] if up < 0.05 else (0, 0)), up])
-        elif np.abs(to_grasp[2]) >= 0.012 or np.linalg.norm(to_grasp[:2]) >= 0.01:  # on the way to it
-            motion, gripper = to_grasp, OPENS
-            if np.linalg.norm(to_grasp[:2]) >= 0.02:  # first from the side, 10 cm above it
-                motion = to_grasp + [0, 0, 0.1]
-                motion[:2] *= 0.3 if motion[2] > 0.05 else 1
+            gripper = OPENS if over < 0.02 and to_release[2] > -0.025 else CLOSES
+            motion = to_release + [0, 0, np.clip(3 * over - 0.03, 0, 0.12)]
+            motion[:2] *= np.clip(1.4 - motion[2] / 0.05, 0, 1)
+            fingers = self.env.sim.data.qvel[self.env.robots[0]._ref_gripper_joint_vel_indexes]
+            if gripper == OPENS or np.abs(fingers).max() > 0.03:  # they are on their way
+                motion = np.zeros(3)
         return np.array([*np.clip(motion / 0.05, -1, 1), 0, 0, 0, gripper], np.float32)

@@ -49,6 +49,7 @@ class MetaWorld:
     action_dim = 4
     train_states = 50, 2**31  # none is an evaluation state
     image_size = 480
+    renderers = {}  # 60 MB each, so all environments of a process share one per task
 
     def __init__(self, env_id, obs_mode, protocol, image_size=image_size):
         os.environ.setdefault("MUJOCO_GL", "egl")
@@ -58,7 +59,7 @@ class MetaWorld:
         self.num_eval_states = 10 if name in ("mt50", "ml45") else 50
         self.max_episode_steps = {"paper": 100, "openpi": 500}[protocol]
         self.obs_mode, self.image_size = obs_mode, image_size
-        self.envs, self.renderers = {}, {}  # one environment per task, built when it is needed
+        self.envs = {}  # one environment per task, built when it is needed
 
     def reset(self, task, state):
         import mujoco
@@ -91,11 +92,12 @@ class MetaWorld:
         return float(info["success"]), bool(info["success"])
 
     def render(self, size):
-        if (self.name, size) not in self.renderers:
+        which = self.name, self.obs_mode, size
+        if which not in self.renderers:
             import mujoco
 
-            self.renderers[self.name, size] = mujoco.Renderer(self.env.model, size, size)
-        renderer = self.renderers[self.name, size]
+            self.renderers[which] = mujoco.Renderer(self.env.model, size, size)
+        renderer = self.renderers[which]
         renderer.update_scene(self.env.data, "corner2")
         return renderer.render()[::-1, ::-1]  # this camera hangs upside down
 

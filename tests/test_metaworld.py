@@ -273,6 +273,23 @@ def test_pictures_of_the_policys_size():
     assert own.single_observation_space["images"].shape == (1, 480, 480, 3)
 
 
+@pytest.mark.parametrize("task", ["stick-push-v3", "window-open-v3"])
+def test_a_renderer_is_shared(picture, task):
+    """What is drawn by the renderer of another environment is what one of its own would draw."""
+    one, other = (MetaWorld(f"metaworld_{task}", "fast", "paper", image_size=64) for _ in "ab")
+    one.reset(0, 0), other.reset(0, 7)
+    first = one.observe()["images"]
+    for action in wander(1, 10)[0]:
+        one.step(action), other.step(action)
+    own = mujoco.Renderer(other.env.model, 64, 64)
+    own.update_scene(other.env.data, "corner2")
+    expected = own.render()[::-1, ::-1]
+    own.close()
+    np.testing.assert_array_equal(other.render(64), expected)
+    assert (one.observe()["images"] != first).any() and (one.render(64) != expected).any()
+    assert one.renderers is other.renderers
+
+
 def test_no_privileged_number_reaches_the_policy(picture):
     """All that is known of objects and goal set to zero: the same observation, and the same actions."""
     simulator, _ = picture
