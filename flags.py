@@ -38,7 +38,8 @@ def tell(message: str):
 
 MANY, ABOVE_0 = 10**9, math.ulp(0)  # the least number above zero
 RANGES = {  # of every number, whichever script has it: least, greatest
-    **dict.fromkeys(["num_envs", "num_steps", "num_minibatches", "num_demos", "play_episodes"], (1, 100_000)),
+    **dict.fromkeys(["num_envs", "num_steps", "num_minibatches", "num_demos"], (1, 100_000)),
+    **dict.fromkeys(["play_episodes", "play_stride"], (1, 100_000)),
     **dict.fromkeys(["total_steps", "vlm_steps", "play_steps", "batch_size", "save_freq"], (1, MANY)),
     **dict.fromkeys(["num_threads", "chunk_len", "update_epochs", "denoise_steps"], (1, 1000)),
     **dict.fromkeys(["lora_rank", "lora_alpha", "image_size", "patch_size", "scene_chunks"], (1, 4096)),

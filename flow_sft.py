@@ -14,7 +14,8 @@ pre-training, in two parts:
    and RL on a blind VLM goes nowhere: weights are only saved if nine of ten targets are found within
    --max-error, where the gripper reaches 0.16.
 2. The action expert learns how the gripper moves, from sloppy play: the scripted expert aiming beside its
-   targets and trying again, failed episodes included. What pi0 had from large robot data.
+   targets and trying again, failed episodes included. What pi0 had from large robot data. With --corrections
+   it learns what the expert would do from there, not what it did.
 
     python flow_sft.py                 # SFT: checkpoints/tiny -> checkpoints/tabletop-sft, under a minute
     python flow_sft.py --pretrain      # stage 0: checkpoints/tiny, about 20 minutes
@@ -89,6 +90,10 @@ class Args:
     """stage 0: sloppy episodes per task"""
     sloppiness: float = 0.25
     """stage 0: standard deviation of the aim, on a table 2 wide; blocks are 0.24 wide"""
+    corrections: bool = False
+    """stage 0: play is learned as the expert, asked at each step, would have gone on with the right aim"""
+    play_stride: int = 1
+    """stage 0: actions from an observation of play to the next; drawing may be most of its time"""
     pretrain_learning_rate: float = 1e-3
     """stage 0: peak of the one-cycle schedules"""
 
@@ -104,29 +109,34 @@ def flow_matching_loss(policy, prefix, actions, generator):
     return F.mse_loss(velocity, actions - noise)
 
 
-def collect_demonstrations(envs, num_demos, horizon, sloppiness=0.0, rng=None):
+def collect_demonstrations(envs, num_demos, horizon, sloppiness=0.0, rng=None, corrections=False, stride=1):
     """`num_demos` expert episodes per task, as pairs of an observation and the next `horizon` actions.
 
     A sloppy expert aims beside its targets by a normal error, redrawn every ten steps; failures count too.
+    Its actions go where it happens to aim, so a hand that has drifted is seen to drift on; `corrections` are
+    the actions of a right aim from wherever the sloppy one has led.
     """
     observations, chunks, count = [], [], dict.fromkeys(range(len(envs.tasks)), 0)
+    progress = tqdm(range(num_demos * len(count)), desc="episodes", mininterval=1)
     while min(count.values()) < num_demos:
         obs, _ = envs.reset()
-        seen, acted, alive, aim_error = [], [], np.ones(envs.num_envs, bool), 0.0
+        seen, told, alive, aim_error = [], [], np.ones(envs.num_envs, bool), 0.0
         while alive.any():
-            if sloppiness and len(acted) % 10 == 0:
+            if sloppiness and len(told) % 10 == 0:
                 aim_error = rng.normal(0, sloppiness, envs.targets().shape)
             action = envs.expert_action(aim_error)  # (N, D)
-            seen.append(obs)
-            acted.append(action)
+            seen += [] if len(told) % stride else [obs]
+            told.append(envs.expert_action() if corrections else action)
+            envs.draws = len(told) % stride == 0
             obs, _, terminated, truncated, info = envs.step_chunk(action[:, None])
             ended = terminated | truncated
             for n in np.flatnonzero(ended if sloppiness else terminated):
                 if count[info["task"][n]] < num_demos:
                     count[info["task"][n]] += 1
-                    rest = [a[n] for a in acted + acted[-1:] * (horizon - 1)]  # the last action is repeated
+                    progress.update()
+                    rest = [a[n] for a in told + told[-1:] * (horizon - 1)]  # the last action is repeated
                     observations += [{k: v[n] for k, v in o.items()} for o in seen]
-                    chunks += [np.stack(rest[i : i + horizon]) for i in range(len(seen))]
+                    chunks += [np.stack(rest[i : i + horizon]) for i in range(0, len(told), stride)]
             alive &= ~ended
     return stack(observations), np.stack(chunks)
 
@@ -285,7 +295,8 @@ def pretrain(args):
 
     rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
     envs = make_envs(args.env_id, num_players, args.seed + 1000, partial_reset=False, **mode)
-    play = collect_demonstrations(envs, args.play_episodes, policy.config.horizon, args.sloppiness, rng)
+    sloppy = args.sloppiness, rng, args.corrections, args.play_stride
+    play = collect_demonstrations(envs, args.play_episodes, policy.config.horizon, *sloppy)
     rows = rng.permutation(len(play[1]))[:20000]  # bounds the memory of the cached keys and values
     obs, actions = select_rows(play[0], rows), play[1][rows]
     policy.stats = action_statistics(obs, actions)
@@ -301,6 +312,7 @@ def check(args):
     changed = {name for name, value in vars(args).items() if value != getattr(Args, name)}
     stage_0 = {"vision", "vlm_steps", "play_steps", "play_episodes", "sloppiness", "pretrain_learning_rate"}
     stage_0 |= {"num_scenes", "scene_chunks", "max_error", "image_size", "patch_size"}
+    stage_0 |= {"corrections", "play_stride"}
     stage_1 = {"num_demos", "total_steps", "learning_rate"} | ({"num_envs"} if not args.num_scenes else set())
     for name in sorted(changed & (stage_1 if args.pretrain else stage_0)):
         fail(f"--{name.replace('_', '-')} has no effect {'with' if args.pretrain else 'without'} --pretrain")

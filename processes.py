@@ -107,7 +107,7 @@ class Block:
                 self.simulators[row].reset(task[row], state[row])
                 self._observe(row)
 
-    def step(self, actions, alive, record):
+    def step(self, actions, alive, record, draws):
         """A chunk (count, C, D). Pictures for the policy are drawn once, after it."""
         actions, chunk_len, length = np.clip(actions, -1, 1), actions.shape[1], self.shared["length"]
         reward = np.zeros(actions.shape[:2], np.float32)
@@ -127,7 +127,8 @@ class Block:
                     if success[row] or truncated[row]:
                         break
                 if alive[row]:
-                    self._observe(row)
+                    if draws:
+                        self._observe(row)
                 elif row < record and simulator is not None:
                     film[:, row] = simulator.render(256)
         return reward, success, truncated, film

@@ -187,6 +187,7 @@ def tiny_card(args, policy, found, pairs):
     c, millions = policy.config, sum(p.numel() for p in policy.parameters()) / 1e6
     scenes = f"of {args.num_scenes} that are drawn beforehand" if args.num_scenes else "each a new one"
     vision = f" SigLIP is that of `{args.vision}`." if args.vision else ""
+    told = ", each action the one that a right aim would have led to" if args.corrections else ""
     return f"""# {args.checkpoint}, pre-trained on {args.env_id}
 
 {c.variant} at laptop size: {millions:.2f} M parameters.
@@ -201,7 +202,7 @@ Made by `{changed_flags(args)}`:
    On 20 batches of other scenes: {found}, where a gripper reaches 0.16.{vision}
 2. Action expert: {args.play_steps} flow-matching steps of {args.batch_size} on {pairs} pairs (observation,
    action chunk) of {args.play_episodes} episodes a task of sloppy play: the scripted expert aiming beside its
-   targets (normal error, standard deviation {args.sloppiness}) and trying again. It stands in for large
+   targets (normal error, standard deviation {args.sloppiness}) and trying again{told}. It stands in for large
    robot data.
 """
 

@@ -3,8 +3,8 @@
 `libero_goal_put_the_bowl_on_the_plate` and its siblings are one task each, `libero_goal_experts` is all four.
 The environment is LIBERO's (libero.py): states, actions, pictures, success and initial states are the same.
 What is added is privileged and no part of an observation. An expert grasps a thing, lifts it, carries it over
-its destination and lets it go. It remembers nothing, so it can be asked at any moment: also when the thing has
-slipped, or when somebody else has acted before. Its motion changes little where the scene does: one that
+its destination and lets it go. It remembers nothing, so it can be asked at any moment: also when the thing
+has slipped, or when somebody else has acted before. Its motion changes little where the scene does: one that
 jumps between up and down is hard to learn from.
 """
 

@@ -79,6 +79,9 @@ class Silent(list):
     def set_postfix_str(self, text):
         pass
 
+    def update(self):
+        pass
+
 
 def wrapped(owner, name, wrap):
     """Something broken: a function that patches `owner.name` to be wrap(the real one)."""

@@ -95,6 +95,20 @@ def test_chunks_are_metaworlds_steps(envs, chunk):
         assert (info["steps"] == chunk).all() and (info["episode_length"] == start + chunk).all()
 
 
+def test_draws(envs):
+    """Without drawing an observation stays what it was, and the episode goes on; the next is up to date."""
+    actions = wander(4, 8)
+    before, _ = envs.reset(options={"eval_states": STATES})
+    envs.draws = False
+    obs, *_, info = envs.step_chunk(actions[:, :4])
+    np.testing.assert_array_equal(obs["state"], before["state"])
+    assert (info["episode_length"] == 4).all()
+    envs.draws = True
+    obs, *_ = envs.step_chunk(actions[:, 4:])
+    expected = [bare(TASK, seed, actions[n])[0][8] for n, seed in enumerate(STATES)]
+    np.testing.assert_array_equal(obs["state"], expected)
+
+
 def test_success_is_an_end(envs):
     """The scripted expert: reward 1 at the step of MetaWorld's first success, which ends the episode."""
     envs.reset(options={"eval_states": STATES})
@@ -349,6 +363,39 @@ def test_targets(envs):
 
 
 # --- scripts ---
+
+
+def test_play(monkeypatch):
+    """What is learned of sloppy play: pairs a stride apart, actions of its own aim or of the right one."""
+    monkeypatch.setattr(flow_sft, "tqdm", lambda steps, **_: Silent(steps))
+    pairs = {}
+    for corrections in (False, True):
+        for stride in (1, 3):
+            envs, rng = make(2, "push-v3", seed=5), np.random.default_rng(0)
+            how = 0.4, rng, corrections, stride
+            pairs[corrections, stride] = flow_sft.collect_demonstrations(envs, 1, 5, *how)
+            envs.close()
+    obs, did = pairs[False, 1]
+    for corrections in (False, True):  # the episode, and what was seen of it, are the same
+        every, actions = pairs[corrections, 1]
+        np.testing.assert_array_equal(every["state"], obs["state"])
+        np.testing.assert_array_equal(pairs[corrections, 3][0]["state"], obs["state"][::3])
+        np.testing.assert_array_equal(pairs[corrections, 3][1], actions[::3])
+        np.testing.assert_array_equal(actions[1:-5, 0], actions[:-6, 1])  # a chunk goes on as the next begins
+    meant = pairs[True, 1][1]
+    assert np.abs(meant - did).max() > 0.1
+    simulator = MetaWorld("metaworld_push-v3", "state", "paper")
+    draws = np.random.default_rng(5)
+    draws.integers(1, size=2)  # tasks
+    starts = draws.integers(*MetaWorld.train_states, size=2)
+    for first in starts:  # of the two the episode that ended earlier
+        simulator.reset(0, first)
+        if np.array_equal(np.float32(simulator.obs), obs["state"][0]):
+            break
+    for n in range(len(did)):  # the expert with the right aim, in the states that the sloppy one has met
+        np.testing.assert_array_equal(np.float32(simulator.obs), obs["state"][n])
+        np.testing.assert_allclose(simulator.expert_action(), meant[n, 0], atol=1e-6)
+        simulator.step(did[n, 0])
 
 
 def test_pretrain(tmp_path, monkeypatch, picture):
