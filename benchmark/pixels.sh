@@ -5,13 +5,14 @@
 # Done work is skipped, so it can be stopped and started again. Seconds of every step: $OUT/seconds.txt.
 # Environment: NAME, PREFIX (of the ids), START (the pre-trained policy) and STAGE0 (flags that made it), RL (flags of
 # the scripts), TASKS (name:steps of SFT), STEPS (of a run), and for the user SEEDS, NOISE and GRPO (these scripts'
-# tasks), PRETRAIN (not empty: stage 0 again, overwrites START), PYTHON, JOBS (trainings at once), OUT.
+# tasks), EVAL_ENVS (simulators of an evaluation), PRETRAIN (not empty: stage 0 again, overwrites START), PYTHON,
+# JOBS (trainings at once), OUT.
 set -euo pipefail
 if [[ " $* " == *" --help "* ]]; then sed -n '2,/^set/{s/^# \?//p}' "${BASH_SOURCE[0]}"; exit; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
 export PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/$NAME} JOBS=${JOBS:-1} SEEDS=${SEEDS:-1 2 3}
-export PREFIX START RL STEPS
+export PREFIX START RL STEPS EVAL_ENVS=${EVAL_ENVS:-10}
 
 timed() {  # what, and its command
   local began=$SECONDS
@@ -38,11 +39,11 @@ evaluate() {  # task
   [ -f "$OUT/$1.json" ] && [ -z "$(find "$OUT"/flow_*/"$1"-? -name learning_curve.png -newer "$OUT/$1.json")" ] && return
   local policies=("$OUT/sft/$1")
   for policy in "$OUT"/flow_*/"$1"-?/*/checkpoint; do [ -d "$policy" ] && policies+=("$policy"); done
-  timed "evaluate-$1" "$PYTHON" evaluate.py --env-id "$PREFIX$1" --obs-mode fast --num-envs 10 --denoise-steps 2 \
+  timed "evaluate-$1" "$PYTHON" evaluate.py --env-id "$PREFIX$1" --obs-mode fast --num-envs "$EVAL_ENVS" --denoise-steps 2 \
     --json "$OUT/$1.json" --checkpoints "${policies[@]}"
 }
 film() {  # task: before and after
-  timed film "$PYTHON" evaluate.py --env-id "$PREFIX$1" --obs-mode fast --num-envs 10 --denoise-steps 2 --labels "after SFT" \
+  timed film "$PYTHON" evaluate.py --env-id "$PREFIX$1" --obs-mode fast --num-envs "$EVAL_ENVS" --denoise-steps 2 --labels "after SFT" \
     "after RL" --checkpoints "$OUT/sft/$1" "$OUT/flow_sde_ppo/$1-${SEEDS%% *}"/*/checkpoint --capture-video "docs/$NAME.gif"
 }
 export -f timed sft train evaluate
