@@ -66,13 +66,15 @@ class LiberoExperts(Libero):
         moved = (np.zeros(6) + aim_error) / UNIT
         hand, width = self.obs["robot0_eef_pos"], np.ptp(self.obs["robot0_gripper_qpos"])
         to_grasp = self.place(self.source) + self.grip - hand
-        grasps = width < 0.075 and np.linalg.norm(to_grasp) < 0.04  # the fingers are around it, and not open
+        # the fingers are around it: neither open nor closed on nothing
+        grasps = 0.003 < width < 0.075 and np.linalg.norm(to_grasp) < 0.03
         to_grasp += moved[:3]
         to_release = self.place(self.destination) + moved[3:] + self.grip + [0, 0, self.above] - hand
         # down a funnel, whose wall is three times as high above its bottom as far from its axis
         if not grasps:
             gripper = CLOSES if np.linalg.norm(to_grasp) < 0.015 else OPENS
             motion = to_grasp + [0, 0, np.clip(3 * np.linalg.norm(to_grasp[:2]) - 0.03, 0, 0.1)]
+            motion[2] += 0.06 * (width < 0.075)  # where they open
             motion[:2] *= np.clip(1.25 - motion[2] / 0.08, 0.2, 1)  # up first, where it is below that
         else:
             over = np.linalg.norm(to_release[:2])

@@ -317,6 +317,25 @@ def test_scripted_tasks_are_liberos(scripted, goal):
 
 
 @draws
+def test_what_is_out_of_sight_is_not_drawn(monkeypatch):
+    """Fast pictures leave out geoms that no pixel shows: the same pixels, at every pose."""
+    sim = LiberoExperts("libero_goal_put_the_bowl_on_the_plate", "fast", "paper", image_size=64)
+    sim.reset(0, 2)
+    rng, left_out = np.random.default_rng(0), []
+    find = LiberoExperts._out_of_sight
+    for _ in range(8):
+        for camera, size in (("agentview", 64), ("robot0_eye_in_hand", 64), ("agentview", 256)):
+            picture = sim.render(size, camera)
+            left_out.append(find(sim, camera).mean())
+            with monkeypatch.context() as patch:
+                patch.setattr(LiberoExperts, "_out_of_sight", lambda *_: [])
+                np.testing.assert_array_equal(sim.render(size, camera), picture)
+        for action in rng.uniform(-1, 1, (6, 7)):
+            sim.step(action)
+    assert 0.1 < min(left_out) and picture.std() > 20
+
+
+@draws
 def test_no_privileged_number_reaches_the_policy():
     """All that is known of where things are set to zero, the pictures kept: the same actions."""
     sim = LiberoExperts("libero_goal_put_the_bowl_on_the_plate", "fast", "paper", image_size=32)
