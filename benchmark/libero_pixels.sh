@@ -4,12 +4,12 @@
 #
 #     JOBS=2 bash benchmark/libero_pixels.sh       # from the shipped policy, checkpoints/tiny-libero
 #     PRETRAIN=1 bash benchmark/libero_pixels.sh   # and that policy again, which is overwritten
-export NAME=libero_pixels PREFIX=libero_goal_ START=checkpoints/tiny-libero STEPS=${STEPS:-32000} SEEDS=${SEEDS:-1 2}
+export NAME=libero_pixels PREFIX=libero_goal_ START=checkpoints/tiny-libero STEPS=${STEPS:-33000} SEEDS=${SEEDS:-1 2}
 STAGE0="--env-id libero_goal_experts --image-size 64 --patch-size 16 --num-envs 8 --num-scenes 4000 --scene-chunks 8"
 STAGE0+=" --vlm-steps 1000 --batch-size 64 --play-episodes 50 --play-stride 5 --play-steps 5000 --sloppiness 0.15"
 STAGE0+=" --corrections"
-RL="--num-envs 8 --num-steps 40 --denoise-steps 2 --update-epochs 4 --num-minibatches 4 --learning-rate 2e-4"
-RL+=" --lr-warmup 3 --lr-schedule cosine --target-kl 0.1"
+RL="--num-envs 8 --num-steps 64 --denoise-steps 2 --update-epochs 4 --num-minibatches 4 --learning-rate 1e-4"
+RL+=" --lr-warmup 2 --lr-schedule cosine --target-kl 0.1"
 # task:steps of SFT, few enough that the policy is not good yet
 TASKS=${TASKS:-"put_the_bowl_on_the_plate:30 put_the_cream_cheese_in_the_bowl:30 put_the_bowl_on_top_of_the_cabinet:30"}
 export STAGE0 RL TASKS EVAL_ENVS=8
