@@ -24,7 +24,6 @@ MetaWorld draws slowly, so there the VLM sees the same scenes again: benchmark/m
 Both for the other model family, GR00T N1.5, with --checkpoint tiny-gr00t (and --vision tiny in stage 0).
 """
 
-import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -37,7 +36,7 @@ from tqdm import tqdm
 from envs import find_simulator, make_envs, select_rows
 from flags import check_effects, check_ranges, fail, read
 from layouts import check_output
-from pi_models import TINY_POLICIES, load_policy, new_policy, save_policy
+from pi_models import TINY_POLICIES, load_policy, new_policy, save_policy, word_tokenizer
 from reports import sft_card, tiny_card
 from simulators.metaworld import METAWORLD
 
@@ -250,21 +249,6 @@ def action_statistics(obs, actions):
         return {name: numbers.tolist() for name, numbers in found.items()}
 
     return {"state": statistics(obs["state"]), "actions": statistics(actions[:, 0])}
-
-
-def word_tokenizer(sentences):
-    """The tokenizer.json of a small vocabulary: a number for each of their words; other words are spelled."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-
-    letters = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
-    words = {word for sentence in sentences for word in re.findall(r"\w+", sentence.lower())} - {*letters}
-    pieces = ["<pad>", "<unk>", "<bos>", "\n", *letters, *(f"##{x}" for x in letters), *sorted(words)]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    spaces, punctuation = pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spaces, punctuation])
-    return tokenizer.to_str()
 
 
 def pretrain(args):

@@ -643,6 +643,21 @@ def read_config(tensors, told):
     return layouts.make_config(PiConfig, tensors, sizes, rest, told if "vision_heads" in told else {})
 
 
+def word_tokenizer(sentences):
+    """The tokenizer.json of a small vocabulary: a number for each of their words; other words are spelled."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    letters = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
+    words = {word for sentence in sentences for word in re.findall(r"\w+", sentence.lower())} - {*letters}
+    pieces = ["<pad>", "<unk>", "<bos>", "\n", *letters, *(f"##{x}" for x in letters), *sorted(words)]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    spaces, punctuation = pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spaces, punctuation])
+    return tokenizer.to_str()
+
+
 def new_policy(name: str, **sizes) -> Policy:
     """One of TINY_POLICIES before its pre-training, with some sizes of another number."""
     import gr00t_models

@@ -489,7 +489,7 @@ def test_budgets():
         "vector_envs.py": 350,
         "batch_envs.py": 150,
         "processes.py": 200,
-        "flow_sft.py": 360,
+        "flow_sft.py": 350,
         "evaluate.py": 350,
         "reports.py": 250,
         "cards.py": 150,
