@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LIBERO-Goal from pictures, original assets (make libero-assets), a policy for each of three tasks, two seeds:
-# pixels.sh says what is done, and what can be changed. Each of JOBS takes 8 GB, for eight simulators.
+# pixels.sh says what is done, and what can be changed. Each of JOBS takes 5 GB, for eight simulators.
 #
 #     JOBS=2 bash benchmark/libero_pixels.sh       # from the shipped policy, checkpoints/tiny-libero
 #     PRETRAIN=1 bash benchmark/libero_pixels.sh   # and that policy again, which is overwritten
@@ -11,6 +11,6 @@ STAGE0+=" --corrections"
 RL="--num-envs 8 --num-steps 64 --denoise-steps 2 --update-epochs 4 --num-minibatches 4 --learning-rate 1e-4"
 RL+=" --lr-warmup 2 --lr-schedule cosine --target-kl 0.1"
 # task:steps of SFT, few enough that the policy is not good yet
-TASKS=${TASKS:-"put_the_bowl_on_the_plate:30 put_the_cream_cheese_in_the_bowl:30 put_the_bowl_on_top_of_the_cabinet:30"}
+TASKS=${TASKS:-"put_the_bowl_on_the_plate:15 put_the_cream_cheese_in_the_bowl:1 put_the_bowl_on_top_of_the_cabinet:1"}
 export STAGE0 RL TASKS EVAL_ENVS=8
 exec bash "$(dirname "${BASH_SOURCE[0]}")/pixels.sh" "$@"

@@ -19,6 +19,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -55,6 +56,7 @@ class Libero:
     action_dim = 7
     num_eval_states, train_states = 50, (0, 50)  # all that there are
     image_size = 256
+    contexts = WeakValueDictionary()  # a scene's meshes and textures for OpenGL, 370 MB: once per process
     # What a picture depends on. robosuite takes a step's observation in the 24th of its 25 substeps; these
     # are noted there and drawn when asked for: its own cameras' pictures, but not one for every step.
     POSES = "geom_xpos geom_xmat site_xpos site_xmat cam_xpos cam_xmat light_xpos light_xdir".split()
@@ -152,8 +154,15 @@ class Libero:
             if self.obs_mode == "fast":  # before the context, which reads offsamples once
                 sim.model.vis.quality.offsamples = 0
                 sim.model.light_castshadow[:], sim.model.mat_reflectance[:] = 0, 0
-            MjRenderContextOffscreen(sim, device_id=-1).vopt.geomgroup[0] = 0  # no collision shapes
-        sim._render_context_offscreen.gl_ctx.make_current()
+            scene = self.obs_mode, sim.model._model.names
+            if scene in self.contexts:
+                sim.add_render_context(self.contexts[scene])
+            else:
+                self.contexts[scene] = MjRenderContextOffscreen(sim, device_id=-1)
+                self.contexts[scene].vopt.geomgroup[0] = 0  # no collision shapes
+        context = sim._render_context_offscreen
+        context.sim, context.model, context.data = sim, sim.model, sim.data
+        context.gl_ctx.make_current()
         for name, value in self.poses.items():
             getattr(sim.data, name)[:] = value  # the next step computes them anew
         groups = sim.model.geom_group.copy()

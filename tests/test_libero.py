@@ -1,5 +1,6 @@
 """LIBERO: the fixed initial states, its own physics, pictures and success, and what a user can get wrong."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -333,6 +334,26 @@ def test_what_is_out_of_sight_is_not_drawn(monkeypatch):
         for action in rng.uniform(-1, 1, (6, 7)):
             sim.step(action)
     assert 0.1 < min(left_out) and picture.std() > 20
+
+
+@draws
+def test_simulators_of_a_scene_share_its_context():
+    """Drawn in turn in one context: the pictures that one of its own gives. It ends with the last of them."""
+    one, other = (LiberoExperts("libero_goal_experts", "fast", "paper", image_size=64) for _ in "ab")
+    one.reset(0, 0), other.reset(1, 7)
+    for action in ACTIONS:
+        one.step(action), other.step(action)
+    first, second = one.observe()["images"], other.observe()["images"]
+    assert one.env.sim._render_context_offscreen is other.env.sim._render_context_offscreen
+    assert (first != second).any()
+    np.testing.assert_array_equal(one.observe()["images"], first)
+    other.env.sim._render_context_offscreen = None
+    Libero.contexts.clear()
+    np.testing.assert_array_equal(other.observe()["images"], second)  # in a new one
+    one.env.close(), other.env.close()
+    del one, other
+    gc.collect()
+    assert not Libero.contexts
 
 
 @draws
