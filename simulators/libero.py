@@ -130,8 +130,46 @@ class Libero:
             self.step([0, 0, 0, 0, 0, 0, -1])
 
     def step(self, action):
-        self.obs, reward, success, _ = self.env.step(np.asarray(action, np.float64))
-        return float(reward), bool(success)
+        """robosuite's own, in which MuJoCo computes all that follows from a state once and not three times.
+
+        mj_step1 goes as far as what the controller reads, mj_step2 from its torques to the next state.
+        """
+        import mujoco
+
+        world, action = self.env.env, np.asarray(action, np.float64)
+        robot, model, data = world.robots[0], world.sim.model._model, world.sim.data._data
+        arm, fingers = robot._ref_joint_actuator_indexes, robot._ref_joint_gripper_actuator_indexes
+        (low, high), (inner, outer) = robot.torque_limits, model.actuator_ctrlrange[fingers].T
+        for substep in range(round(world.control_timestep / world.model_timestep)):
+            mujoco.mj_step1(model, data)
+            if robot.controller.new_update:  # not in the first one after a reset
+                self._inform(robot.controller, model, data)
+            if substep == 0:
+                robot.controller.set_goal(action[:6])
+            data.ctrl[arm] = np.clip(robot.controller.run_controller(), low, high)
+            target = robot.gripper.format_action(action[6:])  # of each finger, from -1 to 1
+            data.ctrl[fingers] = 0.5 * (inner + outer) + 0.5 * (outer - inner) * target
+            mujoco.mj_step2(model, data)
+            world._update_observables()
+        reward, *_ = world._post_action(action)
+        self.obs = world._get_observations()
+        return float(reward), bool(world._check_success())
+
+    def _inform(self, controller, model, data):
+        """The controller's update(), which would compute the state again."""
+        import mujoco
+
+        site, joints = model.site(controller.eef_name).id, controller.qvel_index
+        jacobian, mass = np.zeros((2, 3, model.nv)), np.zeros((model.nv, model.nv))
+        mujoco.mj_jacSite(model, data, *jacobian, site)
+        mujoco.mj_fullM(model, mass, data.qM)
+        controller.ee_pos = data.site_xpos[site].copy()
+        controller.ee_ori_mat = data.site_xmat[site].reshape(3, 3).copy()
+        controller.ee_pos_vel, controller.ee_ori_vel = jacobian @ data.qvel
+        controller.joint_pos, controller.joint_vel = data.qpos[controller.qpos_index], data.qvel[joints]
+        controller.J_pos, controller.J_ori = jacobian[:, :, joints]
+        controller.J_full, controller.mass_matrix = np.vstack(jacobian[:, :, joints]), mass[joints][:, joints]
+        controller.new_update = False  # so that it computes nothing
 
     def observe(self):
         quat = self.obs["robot0_eef_quat"]  # x, y, z, w
