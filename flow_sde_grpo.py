@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
+from tqdm import tqdm
 
 from envs import find_simulator, make_envs, select_rows, write_gif
 from flags import check_ranges, fail, paper_row, parse
@@ -324,7 +325,8 @@ def evaluate(agent, envs, deterministic=True, seed=0, record=0, rank=0, ranks=1)
     generator = torch.Generator(device)
     states = np.arange(envs.num_eval_states).reshape(len(envs.tasks), -1).T.flatten()  # tasks in turn
     share, results, frames = np.array_split(np.arange(len(states)), ranks)[rank], [], []
-    for start in range(0, len(share), envs.num_envs):
+    rounds = range(0, len(share), envs.num_envs)
+    for start in tqdm(rounds, "evaluation", leave=False, disable=rank > 0 or len(rounds) == 1):
         turn = share[start : start + envs.num_envs]
         chosen = states[turn]
         obs, _ = envs.reset(options={"eval_states": np.resize(chosen, envs.num_envs)})

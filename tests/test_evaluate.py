@@ -168,10 +168,11 @@ def test_table_and_json_count_the_episodes(few_states, checkpoint, monkeypatch, 
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
 
 
-def test_records_say_which_episode(few_states):
+def test_records_say_which_episode(few_states, capsys):
     """A line for each, whose success is that of its own scene."""
-    envs = make_envs("tabletop", 30, 0, partial_reset=False)  # two rounds
+    envs = make_envs("tabletop", 30, 0, partial_reset=False)  # two rounds, which are counted while they last
     lines = script.records(script.evaluate(Expert(envs), envs), envs, "mine", 7)
+    assert "evaluation:  50%" in capsys.readouterr().err
     left = (envs.eval_scenes[1] <= 0).reshape(10, 6)
     expert = play_expert(make_envs("tabletop", 60, 0, partial_reset=False))
     seen = set()
