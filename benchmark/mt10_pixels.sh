@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # MetaWorld's MT10 from pictures, one policy for its ten tasks: pixels.sh says what is done, and what can be changed.
-# Every environment holds ten models of 60 MB: 16 of them are 10 GB.
+# Every environment holds ten models of 60 MB: 16 of them are 10 GB. Not run to its end yet, and no policy is shipped,
+# so it begins with stage 0, which makes checkpoints/tiny-mt10.
 #
-#     bash benchmark/mt10_pixels.sh              # from the shipped policy, checkpoints/tiny-mt10
-#     PRETRAIN=1 bash benchmark/mt10_pixels.sh   # and that policy again, which is overwritten
+#     PRETRAIN=1 bash benchmark/mt10_pixels.sh
 export NAME=mt10_pixels PREFIX=metaworld_ START=checkpoints/tiny-mt10 STEPS=${STEPS:-200000}
 STAGE0="--env-id metaworld_mt10 --image-size 96 --patch-size 16 --num-envs 6 --num-scenes 30000 --scene-chunks 3"
 STAGE0+=" --vlm-steps 4000 --max-error 1 --batch-size 64 --play-episodes 20 --play-steps 4000 --sloppiness 0.4"
