@@ -13,7 +13,7 @@ From there on it is PPO, with an action chunk as one macro step (Eqs. 13-15).
 Departures from the paper, explained in docs/:
 1. Eqs. 7-9 are printed in another clock than the paper's own; `transition` is what they must be.
 2. V_vlm also reads the proprioception, which pi0's VLM is not given. It is the default, V_expert the paper's.
-3. The time limit is not a terminal state: the value of the final observation is bootstrapped.
+3. The time limit is not a terminal state: V(final observation) is bootstrapped, unless --no-bootstrap.
 4. The critic is clipped separately and sends no gradient into the policy.
 
     python flow_sde_ppo.py    # on a laptop's CPU, minutes; on both cores, or on several GPUs:
@@ -78,6 +78,7 @@ class Args:
     critic_warmup: int = 2  # first iterations in which only the critic is trained
     gamma: float = 0.95  # discount per chunk
     gae_lambda: float = 0.9  # lambda of GAE, per chunk
+    bootstrap: bool = True  # the time limit is worth V(final observation); else it is a failure, an end
     update_epochs: int = 1  # passes over the batch
     num_minibatches: int = 4  # optimiser steps per pass
     micro_batch_size: int = 256  # chunks per backward pass, accumulated over a minibatch; 0: all at once
@@ -347,10 +348,9 @@ def update(agent, optimizer, batch, args, generator) -> dict[str, float]:
     logs = sum(gather(logs), [])
     count = sum(n for n, _ in logs)
     metrics = {name: sum(n * log[name] for n, log in logs) / count for name in logs[0][1]}
-    returns, errors = (torch.cat(gather(x[alive])) for x in (returns, returns - old_value))
-    explained = 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)  # all may be equal
+    error, spread = (torch.cat(gather(x[alive])).var(correction=0) for x in (returns - old_value, returns))
     metrics |= {"flow/refused_steps": agent.refused}  # since the beginning
-    metrics |= {"losses/explained_variance": explained.item()}
+    metrics["losses/explained_variance"] = 1 - (error / spread.clamp(min=1e-8)).item()  # all may be equal
     return metrics | {"flow/grad_norm": grad_norm.item()}
 
 
@@ -503,7 +503,7 @@ def main(args: Args):
             run.stop(signal)
         rolled = now(policy.device)
         given = batch.reward, batch.value, batch.next_value, batch.terminated, batch.truncated
-        given += batch.final_value, args.gamma, args.gae_lambda
+        given += batch.final_value * args.bootstrap, args.gamma, args.gae_lambda
         batch.advantages, batch.returns = compute_advantages(*given)
         metrics = update(agent, optimizer, batch, args, shuffle_rng)
         metrics["flow/exploration"] = agent.exploration(seen[1][:32], torch.Generator(device).manual_seed(0))

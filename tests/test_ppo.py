@@ -15,9 +15,11 @@ import torch
 from conftest import HYBRID, encode, kept, make_policy, observe, turn, wrapped
 from torch.distributions import Independent, Normal
 
+import flow_noise_ppo
 import flow_sde_ppo
 from flow_sde_ppo import Agent, Args, compute_advantages, transition, update
-from pi_models import TINY, Prefix, Prefixes
+from pi_models import TINY, Prefix, Prefixes, save_policy
+from simulators import tabletop
 
 # --- advantages ---
 
@@ -141,6 +143,24 @@ def test_advantages(compute):
 def test_broken_advantages_are_caught(check, broken):
     with pytest.raises(AssertionError):
         check(GAE[broken])
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+@pytest.mark.parametrize("script", [flow_sde_ppo, flow_noise_ppo], ids=lambda script: script.__name__)
+def test_the_time_limit(script, bootstrap, tmp_path, monkeypatch):
+    """A run whose episodes have two chunks: without the bootstrap the time limit is an end like success."""
+    batches, start, real = [], tmp_path / "start", script.update
+    monkeypatch.setattr(tabletop.Tabletop, "max_episode_steps", 10)
+    monkeypatch.setattr(script, "update", lambda *given: batches.append(given[2]) or real(*given))
+    save_policy(make_policy("vlm"), start)
+    small = dict(num_envs=4, num_steps=4, num_minibatches=1, critic_layers=2, total_timesteps=80)
+    small |= dict(checkpoint=str(start), run_dir=str(tmp_path / "runs"), save_model=False, eval_freq=-1)
+    script.main(script.Args(env_id="tabletop_press_button", bootstrap=bootstrap, **small))
+    (batch,) = batches
+    assert batch.truncated.sum() >= 4 and (batch.final_value[batch.truncated] != 0).all()
+    ended = batch.terminated if bootstrap else batch.terminated | batch.truncated
+    given = batch.reward, batch.value, batch.next_value, ended, batch.truncated, batch.final_value, 0.95, 0.9
+    assert torch.allclose(batch.advantages, definition(*given), atol=1e-5)
 
 
 # --- the agent ---

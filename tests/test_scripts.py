@@ -457,7 +457,7 @@ def test_flags_are_alike():
     assert sde.keys() - noise.keys() == {"sde_solver", "noisy_last_step", "mdp"}
     assert grpo.keys() - sde.keys() == {"group_size", "kl_coef"}
     critic = {"critic", "critic_layers", "critic_learning_rate", "critic_warmup", "clip_vloss"}
-    assert sde.keys() - grpo.keys() == critic | {"gamma", "gae_lambda", "partial_reset"}
+    assert sde.keys() - grpo.keys() == critic | {"gamma", "gae_lambda", "bootstrap", "partial_reset"}
 
 
 @pytest.mark.parametrize("other, budget", [(flow_noise_ppo, 80), (flow_sde_grpo, 120)])
