@@ -385,6 +385,8 @@ def test_paper_rows():
         assert (row.learning_rate, row.critic_learning_rate, row.update_epochs) == (7.91e-6, 1.55e-4, epochs)
         assert row.total_timesteps == 150 * 5120 * 5
     assert flow_sde_ppo.defaults("metaworld_push", "pi0").checkpoint == "RLinf/RLinf-Pi0-MetaWorld-SFT"
+    limits = {name: flow_sde_ppo.defaults(name, "pi05").bootstrap for name in ("libero_10", "maniskill_cube")}
+    assert limits == {"libero_10": False, "maniskill_cube": True}
     assert flow_sde_ppo.defaults("tabletop", "pi0") == flow_sde_ppo.Args()
     for env_id in ("maniskill:PickCube-v1", "libero_90"):  # no row: a checkpoint has to be given
         assert flow_sde_ppo.defaults(env_id, "pi0").checkpoint == ""
