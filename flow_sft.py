@@ -324,8 +324,9 @@ def main(args):
     torch.manual_seed(args.seed)
     if args.pretrain:
         return pretrain(args)
-    envs = make_envs(args.env_id, args.num_envs, args.seed, partial_reset=False, obs_mode=args.obs_mode)
     policy = load_policy(args.checkpoint, args.device)
+    mode = {"obs_mode": args.obs_mode, "image_size": policy.config.image_size}
+    envs = make_envs(args.env_id, args.num_envs, args.seed, partial_reset=False, **mode)
     fits = args.checkpoint in TINY_POLICIES and args.env_id.split("_")[0] != "tabletop"  # is made to
     if not fits:
         policy.check_robot(*(envs.single_observation_space["state"].shape + envs.single_action_space.shape))

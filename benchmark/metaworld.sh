@@ -46,10 +46,10 @@ export -f sft train evaluate
 mkdir -p "$OUT"/flow_sde_ppo "$OUT"/flow_noise_ppo
 
 names=$(for task in $TASKS; do echo "${task%:*}"; done)
-for task in $TASKS; do echo "sft $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
+for task in $TASKS; do echo "sft $task"; done | xargs -P "$JOBS" -I{} bash -ec '{}'
 for seed in $SEEDS; do
   for task in $names; do echo "train flow_sde_ppo $task $seed"; done
   for task in $NOISE; do echo "train flow_noise_ppo $task $seed"; done
-done | xargs -P "$JOBS" -I{} bash -c '{}'
-for task in $names; do echo "evaluate $task"; done | xargs -P "$JOBS" -I{} bash -c '{}'
+done | xargs -P "$JOBS" -I{} bash -ec '{}'
+for task in $names; do echo "evaluate $task"; done | xargs -P "$JOBS" -I{} bash -ec '{}'
 $PYTHON benchmark/rl_table.py "$OUT" --output "$PICTURE"
