@@ -422,6 +422,11 @@ def test_pretrain(tmp_path, monkeypatch, picture):
     assert len(policy.stats["state"]["mean"]) == 4
     card = (tmp_path / "tiny" / "README.md").read_text()
     assert "--env-id metaworld_push+reach --obs-mode fast --num-envs 2" in card and "nan" not in card
+    shapes = []  # SFT sees pictures of the policy's size, as RL will
+    monkeypatch.setattr(flow_sft, "finetune", lambda policy, obs, *_: shapes.append(obs["images"].shape) or 0)
+    start = dict(env_id="metaworld_reach", obs_mode="fast", checkpoint=few["output"], num_envs=1, num_demos=1)
+    flow_sft.main(flow_sft.Args(**start, output=str(tmp_path / "sft")))
+    assert shapes[0][1:] == (1, 48, 48, 3)
 
 
 def test_sft_then_rl(tmp_path, monkeypatch):
