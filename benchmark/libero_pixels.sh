@@ -10,8 +10,8 @@ STAGE0="--env-id libero_goal_experts --image-size 64 --patch-size 16 --num-envs 
 STAGE0+=" --vlm-steps 1000 --batch-size 64 --play-episodes 50 --play-stride 5 --play-steps 5000 --sloppiness 0.15"
 STAGE0+=" --corrections"
 RL="--num-envs 16 --num-steps 64 --denoise-steps 2 --update-epochs 4 --num-minibatches 4 --learning-rate 1e-4"
-RL+=" --lr-warmup 2 --lr-schedule cosine --target-kl 0.1 --no-bootstrap --gae-lambda 0.95"
+RL+=" --lr-warmup 2 --lr-schedule cosine --target-kl 0.1" CRITIC="--no-bootstrap --gae-lambda 0.95"
 # task:steps of SFT, that leave something to learn: from pictures ten clean demonstrations take some away (docs/log.md)
 TASKS=${TASKS:-"put_the_bowl_on_the_plate:15 put_the_bowl_on_top_of_the_cabinet:15 put_the_bowl_on_the_stove:1"}
-export STAGE0 RL TASKS EVAL_ENVS=8
+export STAGE0 RL CRITIC TASKS EVAL_ENVS=8
 exec bash "$(dirname "${BASH_SOURCE[0]}")/pixels.sh" "$@"

@@ -8,8 +8,8 @@ STAGE0="--env-id metaworld_button-press-topdown+coffee-button+hammer+coffee-push
 STAGE0+=" --image-size 96 --patch-size 16 --num-envs 10 --num-scenes 18000 --scene-chunks 3 --vlm-steps 2200"
 STAGE0+=" --max-error 0.1 --batch-size 64 --play-episodes 12 --play-steps 3000 --sloppiness 0.4"
 RL="--num-envs 32 --num-steps 20 --denoise-steps 2 --update-epochs 4 --num-minibatches 4 --learning-rate 2e-4"
-RL+=" --lr-warmup 4 --lr-schedule cosine --target-kl 0.1 --no-bootstrap --gae-lambda 0.95"
+RL+=" --lr-warmup 4 --lr-schedule cosine --target-kl 0.1" CRITIC="--no-bootstrap --gae-lambda 0.95"
 # task:steps of SFT, few enough that the policy is not good yet
 TASKS=${TASKS:-"stick-push:40 coffee-push:30 button-press-topdown:8 coffee-button:2 hammer:200 hand-insert:500"}
-export STAGE0 RL TASKS
+export STAGE0 RL CRITIC TASKS
 exec bash "$(dirname "${BASH_SOURCE[0]}")/pixels.sh" "$@"

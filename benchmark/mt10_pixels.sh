@@ -8,7 +8,7 @@ export NAME=mt10_pixels PREFIX=metaworld_ START=checkpoints/tiny-mt10 STEPS=${ST
 STAGE0="--env-id metaworld_mt10 --image-size 96 --patch-size 16 --num-envs 6 --num-scenes 30000 --scene-chunks 3"
 STAGE0+=" --vlm-steps 4000 --max-error 1 --batch-size 64 --play-episodes 20 --play-steps 4000 --sloppiness 0.4"
 RL="--num-envs 16 --num-steps 80 --denoise-steps 2 --update-epochs 4 --num-minibatches 4 --learning-rate 2e-4"
-RL+=" --lr-warmup 4 --lr-schedule cosine --target-kl 0.1 --no-bootstrap --gae-lambda 0.95"
+RL+=" --lr-warmup 4 --lr-schedule cosine --target-kl 0.1" CRITIC="--no-bootstrap --gae-lambda 0.95"
 TASKS=${TASKS:-"mt10:100"}
-export STAGE0 RL TASKS EVAL_ENVS=8
+export STAGE0 RL CRITIC TASKS EVAL_ENVS=8
 exec bash "$(dirname "${BASH_SOURCE[0]}")/pixels.sh" "$@"
