@@ -424,6 +424,8 @@ def main(args: Args):
     mode["image_size"] = policy.config.image_size
     envs = make_envs(args.env_id, num_envs, seed, args.partial_reset, **mode)
     eval_envs = make_envs(args.env_id, envs.num_eval_envs, seed, False, **mode)
+    if not envs.partial_reset and args.num_steps * args.chunk_len < envs.max_episode_steps:
+        fail(f"--num-steps {args.num_steps}: too few for a whole episode, {envs.max_episode_steps} steps")
     robot = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
     if args.checkpoint in TINY_POLICIES and not args.env_id.startswith("tabletop"):  # whose robot it knows
         policy.fit_robot(*robot)

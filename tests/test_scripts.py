@@ -163,6 +163,7 @@ MISTAKES = {  # what: (flags, what the message has to say)
     "no noise": ("--noise-level 0", ["--noise-level"]),
     "longer than the horizon": ("--chunk-len 6", ["--chunk-len 6", "5"]),
     "empty chunks": ("--chunk-len 0", ["--chunk-len"]),
+    "no whole episode": ("--no-partial-reset", ["--num-steps 4", "40"]),
     "uneven minibatches": ("--num-envs 3 --num-steps 1 --num-minibatches 2", ["minibatches", "3 "]),
     "no minibatches": ("--num-minibatches 0", ["--num-minibatches"]),
     "a discount above one": ("--gamma 2", ["--gamma must be from 0 to 1, not 2.0"]),
