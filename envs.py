@@ -79,6 +79,7 @@ def make_envs(
     image_size: int | None = None,
     sim_device: str = "cpu",
     patience: float = 300,
+    max_episode_steps: int | None = None,
 ) -> gym.vector.VectorEnv:
     """`partial_reset`: an environment whose episode ended starts a new one instead of waiting for reset().
 
@@ -88,6 +89,7 @@ def make_envs(
     `protocol`: whose step limit, where openpi's or lerobot's is not the paper's.
     `sim_device`: "cuda" is ManiSkill's batch on a GPU; else simulators are on the CPU, in processes.
     `patience`: seconds after which a process in which nothing has moved is taken to hang.
+    `max_episode_steps`: a step limit below the protocol's.
     """
     simulator = find_simulator(env_id)
     if num_envs < 1:
@@ -100,13 +102,19 @@ def make_envs(
         if partial_reset:
             fail("--sim-device cuda: a batch begins its episodes together, give --no-partial-reset too")
         build = functools.partial(simulator.batch, env_id, obs_mode, protocol, device=sim_device)
-        return Batch(build, env_id, num_envs, seed, group_size)
-    if issubclass(simulator, gym.vector.VectorEnv):
-        return simulator(env_id, num_envs, seed, partial_reset, group_size, obs_mode, protocol)
-    drawn = obs_mode == "fast" and image_size and hasattr(simulator, "image_size")
-    size = {"image_size": image_size} if drawn else {}
-    build = functools.partial(simulator, env_id, obs_mode, protocol, **size)
-    return Simulators(env_id, build, num_envs, seed, partial_reset, group_size, patience)
+        envs = Batch(build, env_id, num_envs, seed, group_size)
+    elif issubclass(simulator, gym.vector.VectorEnv):
+        envs = simulator(env_id, num_envs, seed, partial_reset, group_size, obs_mode, protocol)
+    else:
+        drawn = obs_mode == "fast" and image_size and hasattr(simulator, "image_size")
+        size = {"image_size": image_size} if drawn else {}
+        build = functools.partial(simulator, env_id, obs_mode, protocol, **size)
+        envs = Simulators(env_id, build, num_envs, seed, partial_reset, group_size, patience)
+    if max_episode_steps:
+        if max_episode_steps > envs.max_episode_steps:
+            fail(f"--max-episode-steps {max_episode_steps}: {env_id} ends after {envs.max_episode_steps}")
+        envs.max_episode_steps = envs.limit = max_episode_steps
+    return envs
 
 
 def find_simulator(env_id):

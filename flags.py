@@ -52,6 +52,7 @@ RANGES = {  # of every number, whichever script has it: least, greatest
     **dict.fromkeys(["max_grad_norm", "target_kl"], (ABOVE_0, MANY)),
     **dict.fromkeys(["seed", "seeds"], (0, 2**31 - 1)),
     "total_timesteps": (1, 10**12),
+    "max_episode_steps": (1, MANY),
     "clip_coef": (ABOVE_0, 1),
     "critic_layers": (1, 9),  # halved from 512, the ninth has two inputs
     "group_size": (2, 100_000),

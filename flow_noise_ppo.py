@@ -62,6 +62,7 @@ class Args:
     checkpoint: str = "checkpoints/tabletop-sft"  # policy to start from: a folder, a hub id, or "tiny"
     obs_mode: Literal["rgb", "fast", "state"] = "rgb"  # fast: small, no shadows; state: no pictures
     eval_protocol: Literal["paper", "openpi"] = "paper"  # whose step limits
+    max_episode_steps: int | None = None  # of an episode in training, at most the protocol's
     sim_device: Literal["cpu", "cuda"] = "cpu"  # cuda: all of ManiSkill's environments in a batch on a GPU
     num_envs: int = 512  # parallel environments, of all ranks together
     num_steps: int = 2  # action chunks per environment and iteration
@@ -417,7 +418,8 @@ def main(args: Args):
     policy = load_policy(args.checkpoint, device)
     mode = {"obs_mode": args.obs_mode, "protocol": args.eval_protocol, "sim_device": args.sim_device}
     mode["image_size"] = policy.config.image_size
-    envs = make_envs(args.env_id, num_envs, seed, args.partial_reset, **mode)
+    limit = {"max_episode_steps": args.max_episode_steps}  # of training
+    envs = make_envs(args.env_id, num_envs, seed, args.partial_reset, **mode, **limit)
     eval_envs = make_envs(args.env_id, envs.num_eval_envs, seed, False, **mode)
     if not envs.partial_reset and args.num_steps * args.chunk_len < envs.max_episode_steps:
         fail(f"--num-steps {args.num_steps}: too few for a whole episode, {envs.max_episode_steps} steps")

@@ -107,7 +107,7 @@ class Block:
                 self.simulators[row].reset(task[row], state[row])
                 self._observe(row)
 
-    def step(self, actions, alive, record, draws=True):
+    def step(self, actions, alive, record, draws, limit):
         """A chunk (count, C, D). Pictures for the policy are drawn once, after it."""
         actions, chunk_len, length = np.clip(actions, -1, 1), actions.shape[1], self.shared["length"]
         reward = np.zeros(actions.shape[:2], np.float32)
@@ -123,7 +123,8 @@ class Block:
                         raise FloatingPointError("its reward is NaN or infinite")
                     if row < record:
                         film[c:, row] = simulator.render(256)
-                    truncated[row] = not success[row] and length[row] >= simulator.max_episode_steps
+                    most = min(limit, simulator.max_episode_steps)
+                    truncated[row] = not success[row] and length[row] >= most
                     if success[row] or truncated[row]:
                         break
                 if alive[row]:

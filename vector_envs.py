@@ -113,6 +113,7 @@ class Simulators(gym.vector.VectorEnv):
         self.on_failure = None  # called before the end
         self.metadata, self.record, self.breakdowns = {"render_fps": 10}, 0, 0
         self.draws = True  # False: a step changes nothing in the observation
+        self.limit = math.inf  # of an episode's steps, besides the simulators' own, which may grow in it
         self.rng = np.random.default_rng(seed)
         self.length, (self.task, self.state) = self.shared["length"], np.zeros((2, num_envs), int)
         self.alive, self.success = np.zeros((2, num_envs), bool)
@@ -226,7 +227,7 @@ class Simulators(gym.vector.VectorEnv):
         began, before, reward = self.alive.copy(), self.length.copy(), np.zeros(actions.shape[:2], np.float32)
         terminated, truncated = np.zeros((2, self.num_envs), bool)
         frames = np.zeros((actions.shape[1], min(self.record, self.num_envs), 256, 256, 3), np.uint8)
-        answers, dropped = self._ask("step", actions, self.alive, self.record, self.draws)
+        answers, dropped = self._ask("step", actions, self.alive, self.record, self.draws, self.limit)
         for rows, answer in zip(self.rows, answers):
             if answer is not None:
                 reward[rows], terminated[rows], truncated[rows], film = answer

@@ -1,6 +1,7 @@
 """make_envs and the vector of processes, on a simulator whose every number can be worked out by hand."""
 
 import ctypes
+import functools
 import json
 import multiprocessing
 import os
@@ -230,6 +231,20 @@ def test_success_at_the_limit(six):
     _, _, terminated, truncated, info = six.step_chunk(actions)
     assert terminated.tolist() == [True] * 3 + [False] * 3 and truncated.tolist() == [False] * 3 + [True] * 3
     assert (info["episode_length"] == LIMIT).all()
+
+
+def test_a_lower_limit(walk, one_line_error):
+    """Success at its last step is an end, a step later it is too late; the limit is not a chunk's end."""
+    envs = walk(6, max_episode_steps=4)
+    envs.reset(options={"eval_states": [3] * 6})
+    actions = np.zeros((6, 6, 2))
+    actions[:3, 2:4, 0] = actions[3:, 3:5, 0] = 1
+    _, _, terminated, truncated, info = envs.step_chunk(actions)
+    assert terminated.tolist() == [True] * 3 + [False] * 3 and truncated.tolist() == [False] * 3 + [True] * 3
+    assert (info["episode_length"] == 4).all() and envs.max_episode_steps == 4
+    assert walk(2, max_episode_steps=LIMIT).max_episode_steps == LIMIT
+    beyond = functools.partial(walk, max_episode_steps=LIMIT + 1)
+    assert "--max-episode-steps 10: walk ends after 9" in one_line_error(beyond, 2)
 
 
 def test_protocol(walk, six):

@@ -164,6 +164,7 @@ MISTAKES = {  # what: (flags, what the message has to say)
     "longer than the horizon": ("--chunk-len 6", ["--chunk-len 6", "5"]),
     "empty chunks": ("--chunk-len 0", ["--chunk-len"]),
     "no whole episode": ("--no-partial-reset", ["--num-steps 4", "40"]),
+    "longer episodes": ("--max-episode-steps 41", ["--max-episode-steps 41", "tabletop", "40"]),
     "uneven minibatches": ("--num-envs 3 --num-steps 1 --num-minibatches 2", ["minibatches", "3 "]),
     "no minibatches": ("--num-minibatches 0", ["--num-minibatches"]),
     "a discount above one": ("--gamma 2", ["--gamma must be from 0 to 1, not 2.0"]),

@@ -287,15 +287,16 @@ def test_chunks_are_steps(expert, chunk):
         assert np.array_equal(total, info["success"]) and np.array_equal(total, info["episode_return"])
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 7])
-def test_step_limit(chunk):
-    envs = make_envs("tabletop", 4, 0, partial_reset=False)
+@pytest.mark.parametrize("chunk, limit", [(1, 40), (5, 40), (7, 40), (5, 12)])
+def test_step_limit(chunk, limit):
+    lower = {"max_episode_steps": limit} if limit < 40 else {}
+    envs = make_envs("tabletop", 4, 0, partial_reset=False, **lower)
     envs.reset()
-    for t in range(0, 40, chunk):
+    for t in range(0, limit, chunk):
         _, reward, terminated, truncated, info = envs.step_chunk(np.zeros((4, chunk, 3)))
-        assert truncated.all() == truncated.any() == (t + chunk >= 40)
-    assert not terminated.any() and not reward.any() and (info["episode_length"] == 40).all()
-    assert (info["steps"] == 40 - t).all()
+        assert truncated.all() == truncated.any() == (t + chunk >= limit)
+    assert not terminated.any() and not reward.any() and (info["episode_length"] == limit).all()
+    assert (info["steps"] == limit - t).all()
 
 
 def test_success_at_the_last_step(expert):
