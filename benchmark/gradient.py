@@ -43,11 +43,12 @@ class Args:
 def empty_batch(agent, prefix, inputs, T, N):
     """What `rollout` fills."""
     c = agent.policy.config
-    shapes = {"chain": (agent.K + 1, c.horizon, c.action_dim), "logprob": (1,), "value": (1,)}
+    S = agent.num_decisions
+    shapes = {"chain": (agent.K + 1, c.horizon, c.action_dim), "logprob": (S,), "value": (S,)}
     shapes |= {"reward": (), "final_value": (), "features": (agent.K, c.expert_width)}
     return SimpleNamespace(
         prefixes=Prefixes(agent.policy, T, N, prefix, inputs),
-        denoise_idx=torch.zeros((T, N, 1), dtype=torch.long),
+        denoise_idx=torch.zeros((T, N, S), dtype=torch.long),
         **{name: torch.zeros((T, N, *shape)) for name, shape in shapes.items()},
         **{name: torch.zeros((T, N), dtype=torch.bool) for name in ("terminated", "truncated", "alive")},
     )

@@ -16,6 +16,7 @@ from conftest import HYBRID
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
+import credit  # noqa: E402
 import draw  # noqa: E402
 import full_size  # noqa: E402
 import gradient  # noqa: E402
@@ -399,6 +400,7 @@ def test_parts_of_the_gradient_are_the_policy_loss_s():
     steps = torch.full((1, 16), 5)
     steps[0, :4] = 2
     found = gradient.gradients(agent, batch, steps).sum(dim=0)
+    assert torch.allclose(found[0], credit.policy_gradient(agent, batch), rtol=1e-3, atol=1e-5)
 
     def whole(changed_chunk_len, rows):
         agent.chunk_len = changed_chunk_len
@@ -424,6 +426,19 @@ def test_signal_is_without_bias():
     signals, errors, variances = np.array(estimates).T
     assert signals.mean() == pytest.approx(0.5, abs=0.15) and variances.mean() == pytest.approx(50, rel=0.02)
     assert signals.std() < errors.mean() < 1.5 * signals.std()  # on the safe side
+
+
+@pytest.mark.slow
+def test_credit_by_gamma_and_lambda(capsys):
+    """Without a discount a success is worth as much in every chunk: the critic has less to explain."""
+    small = dict(env_id="tabletop_press_button", num_envs=16, num_steps=8, batches=3, warmup=2)
+    credit.main(credit.Args("checkpoints/tabletop-sft", pairs=("0.5,0.5", "1,1"), **small))
+    out = capsys.readouterr().out
+    rows = [
+        [float(cell.split(" ±")[0]) for cell in row.strip("| ").split(" | ")] for row in out.splitlines()[2:4]
+    ]
+    assert [row[:2] for row in rows] == [[0.5, 0.5], [1, 1]] and rows[0][3] != rows[1][3]
+    assert all(-1 < row[2] < 1 for row in rows) and "3 batches of 128 chunks" in out
 
 
 # --- schedules.py and full_size.py ---
