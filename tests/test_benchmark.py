@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
 import credit  # noqa: E402
 import draw  # noqa: E402
+import drift  # noqa: E402
 import full_size  # noqa: E402
 import gradient  # noqa: E402
 import marginals  # noqa: E402
@@ -439,6 +440,30 @@ def test_credit_by_gamma_and_lambda(capsys):
     ]
     assert [row[:2] for row in rows] == [[0.5, 0.5], [1, 1]] and rows[0][3] != rows[1][3]
     assert all(-1 < row[2] < 1 for row in rows) and "3 batches of 128 chunks" in out
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_drift_of_a_velocity_that_is_shifted(last, shift=0.3, a=0.5, K=4):
+    """Eq. 9's mean moves with the velocity by delta (1 + a^2 / 2), in the first step by delta."""
+    flags = flow_sde_ppo.Args(denoise_steps=K, noise_level=a, noisy_last_step=last)
+    policies = [load_policy("checkpoints/tabletop-sft") for _ in range(2)]
+    policies[1].action_out_proj.bias.data -= shift  # the sign is the checkpoints'
+    agents = [flow_sde_ppo.Agent(policy, flags) for policy in policies]
+    obs, _ = make_envs("tabletop", 3, 0).reset()
+    prefixes = [agent.encode(obs)[0] for agent in agents]
+    c = policies[0].config
+    x0 = torch.randn((3, c.horizon, c.action_dim), generator=torch.Generator().manual_seed(1))
+    moves, action, kl, _ = drift.compare(*agents, prefixes, x0)
+    assert moves.tolist() == pytest.approx([(shift / K) ** 2] * K, rel=1e-3)
+    tau = np.arange(K) / K
+    std = a * np.sqrt((1 - tau) / np.maximum(tau, 1 / K) / K)
+    mean = shift / K * np.where(tau > 0, 1 + a**2 / 2, 1)
+    expected = (
+        0.5 * 15 * (mean / std) ** 2 * (tau < (K if last else K - 1) / K)
+    )  # five actions of three numbers
+    assert kl.tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+    same = drift.compare(agents[0], agents[0], prefixes[:1] * 2, x0)
+    assert action > 0 and not any(part.any() for part in same[:3])
 
 
 # --- schedules.py and full_size.py ---
