@@ -87,8 +87,8 @@ def main(args):
         print(f"| {k} | {'yes' if noisy else 'no'} | {moves[k].sqrt():.3f} | {seen} |")
     whose = f"{args.env_id}, the first {len(found)} chunks of {args.num_envs} episodes of the policy before"
     print(
-        f"\nThe action moves by {action.sqrt():.3f} (rms, normalised, by the ODE from the same noise); before "
-        f"training it was explored with {np.mean(explored):.3f}.\n"
+        f"\nThe action moves by {action.sqrt():.3f} (rms, normalised, by the ODE from the same noise); "
+        f"before training it was explored with {np.mean(explored):.3f}.\n"
         f"{whose}, K = {agents[0].K}, a = {flags.noise_level}."
     )
 
