@@ -107,7 +107,7 @@ class Block:
                 self.simulators[row].reset(task[row], state[row])
                 self._observe(row)
 
-    def step(self, actions, alive, record, draws, limit):
+    def step(self, actions, alive, record, draws=True, limit=math.inf):
         """A chunk (count, C, D). Pictures for the policy are drawn once, after it."""
         actions, chunk_len, length = np.clip(actions, -1, 1), actions.shape[1], self.shared["length"]
         reward = np.zeros(actions.shape[:2], np.float32)
