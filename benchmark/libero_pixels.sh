@@ -10,11 +10,11 @@ export NAME=libero_pixels PREFIX=libero_goal_ START=checkpoints/tiny-libero STEP
 STAGE0="--env-id libero_goal_experts --image-size 64 --patch-size 16 --num-envs 8 --num-scenes 4000 --scene-chunks 8"
 STAGE0+=" --vlm-steps 1000 --batch-size 64 --play-episodes 50 --play-stride 5 --play-steps 5000 --sloppiness 0.15"
 STAGE0+=" --corrections"
-RL="--num-envs 16 --num-steps 64 --max-episode-steps 160 --denoise-steps 2 --noisy-last-step --noise-level 0.25"
+RL="--num-envs 16 --num-steps 64 --max-episode-steps 160 --denoise-steps 2"
 RL+=" --update-epochs 4 --num-minibatches 4 --learning-rate 1e-4 --lr-warmup 3 --lr-schedule cosine --target-kl 0.1"
-CRITIC="--no-bootstrap --gamma 0.99 --gae-lambda 0.99"
+SDE="--noisy-last-step --noise-level 0.25" CRITIC="--no-bootstrap --gamma 0.99 --gae-lambda 0.99"
 # task:steps of SFT, that leave something to learn: from pictures ten clean demonstrations take some away (docs/log.md)
 TASKS=${TASKS:-"put_the_bowl_on_the_plate:15 put_the_bowl_on_the_stove:1 put_the_cream_cheese_in_the_bowl:1
   put_the_bowl_on_top_of_the_cabinet:15"}
-export STAGE0 RL CRITIC TASKS EVAL_ENVS=8
+export STAGE0 RL SDE CRITIC TASKS EVAL_ENVS=8
 exec bash "$(dirname "${BASH_SOURCE[0]}")/pixels.sh" "$@"

@@ -4,15 +4,15 @@
 #
 # Done work is skipped, so it can be stopped and started again. Seconds of every step: $OUT/seconds.txt.
 # Environment: NAME, PREFIX (of the ids), START (the pre-trained policy) and STAGE0 (flags that made it), RL (flags of
-# the three algorithms), CRITIC (more, of the two that have one), TASKS (name:steps of SFT), STEPS (of a run), and for
-# the user SEEDS, NOISE and GRPO (these scripts' tasks), EVAL_ENVS (simulators of an evaluation), PRETRAIN (not empty:
-# stage 0 again, overwrites START), PYTHON, JOBS (trainings at once), OUT.
+# the three algorithms), SDE (more, of the two of Flow-SDE), CRITIC (more, of the two that have one), TASKS (name:steps
+# of SFT), STEPS (of a run), and for the user SEEDS, NOISE and GRPO (these scripts' tasks), EVAL_ENVS (simulators of an
+# evaluation), PRETRAIN (not empty: stage 0 again, overwrites START), PYTHON, JOBS (trainings at once), OUT.
 set -euo pipefail
 if [[ " $* " == *" --help "* ]]; then sed -n '2,/^set/{s/^# \?//p}' "${BASH_SOURCE[0]}"; exit; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
 export PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-runs/$NAME} JOBS=${JOBS:-1} SEEDS=${SEEDS:-1 2 3}
-export PREFIX START RL CRITIC STEPS EVAL_ENVS=${EVAL_ENVS:-10}
+export PREFIX START RL SDE CRITIC STEPS EVAL_ENVS=${EVAL_ENVS:-10}
 
 timed() {  # what, and its command
   local began=$SECONDS
@@ -30,11 +30,12 @@ sft() {  # task:steps
     --num-envs 8 --num-demos 10 --total-steps "${1#*:}" --learning-rate 3e-4 --output "$out"
 }
 train() {  # script task seed
-  local out=$OUT/$1/$2-$3 critic=$CRITIC
+  local out=$OUT/$1/$2-$3 sde=$SDE critic=$CRITIC
+  [ "$1" = flow_noise_ppo ] && sde=
   [ "$1" = flow_sde_grpo ] && critic=
   ls "$out"/*/learning_curve.png > /dev/null 2>&1 && return
   timed "$1-$2-$3" "$PYTHON" "$1.py" --env-id "$PREFIX$2" --model tiny --obs-mode fast --checkpoint "$OUT/sft/$2" \
-    --seed "$3" $RL $critic --total-timesteps "$STEPS" --save-freq 5 --eval-freq -1 --run-dir "$out" --resume auto
+    --seed "$3" $RL $sde $critic --total-timesteps "$STEPS" --save-freq 5 --eval-freq -1 --run-dir "$out" --resume auto
 }
 evaluate() {  # task
   [ -f "$OUT/$1.json" ] && [ -z "$(find "$OUT"/flow_*/"$1"-? -name learning_curve.png -newer "$OUT/$1.json")" ] && return
