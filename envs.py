@@ -35,7 +35,8 @@ The contract. A simulator is a class in a file of simulators/ and a line in SIMU
 What a user has to put right (assets, an unknown name) is a ValueError of one line. Any other exception, and
 NaN in state or reward, is a breakdown: the simulator is built anew and its episode dropped. `Simulators` in
 vector_envs.py makes a vector of such classes. A simulator that steps many environments at once, the tabletop,
-is a gymnasium VectorEnv with make_envs' arguments instead, and does itself what `Simulators` does.
+is a gymnasium VectorEnv with make_envs' arguments instead, and does itself what `Simulators` does; it reads
+its max_episode_steps in every step, which make_envs may have lowered.
 """
 
 import difflib

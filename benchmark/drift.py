@@ -1,8 +1,9 @@
 """How far training has moved a policy, denoise step by denoise step, and how much of it the likelihood sees.
 
 PPO's ratio and its KL divergence are of the noisy denoise steps. A step that is left to the ODE moves too, as
-all steps share the weights, and nothing holds it. The policy before training plays by the ODE; where it is in
-every step both policies are asked for theirs. K, noise and MDP are those of the trained one's args.json.
+all steps share the weights. The policy before training plays by the ODE; at every denoise step, from the x
+that it has reached, both are asked for their next one. The trained one is of a run of Flow-SDE, whose
+args.json says K, noise level and MDP; the KL divergence is from the beginning of training to its end.
 
     python benchmark/drift.py --env-id metaworld_hand-insert --before runs/metaworld_pixels/sft/hand-insert \\
         --after runs/metaworld_pixels/flow_sde_ppo/hand-insert-1/*/checkpoint    # a minute; Markdown
@@ -19,8 +20,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import flow_sde_ppo
-from envs import make_envs
+from envs import make_envs, select_rows
 from evaluate import SAMPLER
+from flags import fail
 from flow_sde_ppo import Agent
 from pi_models import load_policy
 
@@ -61,6 +63,8 @@ def main(args):
     torch.set_num_threads(1)
     before, after = load_policy(args.before, "cpu"), load_policy(args.after, "cpu")
     told = json.loads((Path(args.after).parent / "args.json").read_text())
+    if told["noise"] != "sde" or "mdp" not in told:
+        fail("--after: expected a run of flow_sde_ppo.py or flow_sde_grpo.py with the SDE's noise")
     flags = replace(flow_sde_ppo.defaults(args.env_id, "tiny"), **{name: told[name] for name in SAMPLER})
     size = before.config.image_size
     envs = make_envs(args.env_id, args.num_envs, 0, False, obs_mode=told["obs_mode"], image_size=size)
@@ -68,28 +72,33 @@ def main(args):
         policy.fit_prompts(envs.prompts)
     agents, generator = (Agent(before, flags), Agent(after, flags)), torch.Generator().manual_seed(0)
     obs, _ = envs.reset(options={"eval_states": np.arange(args.num_envs)})
-    found, explored, c = [], [], before.config
+    found, count, c, alive = 0, 0, before.config, np.ones(args.num_envs, bool)
     for _ in range(args.num_steps):
-        prefixes = [agent.encode(obs)[0] for agent in agents]
-        x0 = torch.randn((args.num_envs, c.horizon, c.action_dim), generator=generator)
-        *one, actions = compare(*agents, prefixes, x0)
-        found.append(one)
-        explored.append(agents[0].exploration(prefixes[0], generator))
-        obs, *_, info = envs.step_chunk(before.postprocess(actions, obs)[:, : flags.chunk_len])
-        if not info["alive"].any():
+        rows = np.flatnonzero(alive)
+        seen = select_rows(obs, rows)
+        prefixes = [agent.encode(seen)[0] for agent in agents]
+        x0 = torch.randn((len(rows), c.horizon, c.action_dim), generator=generator)
+        *one, chunk = compare(*agents, prefixes, x0)
+        one.append(torch.tensor(agents[0].exploration(prefixes[0], generator) ** 2))
+        found, count = found + len(rows) * torch.cat([part.view(-1) for part in one]), count + len(rows)
+        actions = np.zeros((args.num_envs, flags.chunk_len, before.env_action_dim), np.float32)
+        actions[rows] = before.postprocess(chunk, seen)[:, : flags.chunk_len]
+        obs, _, terminated, truncated, _ = envs.step_chunk(actions)
+        alive &= ~(terminated | truncated)
+        if not alive.any():
             break
     envs.close()
-    moves, action, kl = (torch.stack(part).mean(dim=0) for part in zip(*found))
+    moves, action, kl, explored = (found / count).split([agents[0].K, 1, agents[0].K, 1])
     print("| denoise step | noisy | moves x by | KL, nats a chunk |\n|---|---|---|---|")
     for k in range(agents[0].K):
         noisy = k < agents[0].noisy_steps
         seen = f"{kl[k]:.2f}" if noisy else "not seen"
         print(f"| {k} | {'yes' if noisy else 'no'} | {moves[k].sqrt():.3f} | {seen} |")
-    whose = f"{args.env_id}, the first {len(found)} chunks of {args.num_envs} episodes of the policy before"
+    action, explored = action.item() ** 0.5, explored.item() ** 0.5
     print(
-        f"\nThe action moves by {action.sqrt():.3f} (rms, normalised, by the ODE from the same noise); "
-        f"before training it was explored with {np.mean(explored):.3f}.\n"
-        f"{whose}, K = {agents[0].K}, a = {flags.noise_level}."
+        f"\nThe action moves by {action:.3f} (rms, normalised, by the ODE from the same noise); "
+        f"it was explored with\n{explored:.3f} before training. {args.env_id}, {count} chunks of "
+        f"{args.num_envs} episodes, K = {agents[0].K}, a = {flags.noise_level}."
     )
 
 

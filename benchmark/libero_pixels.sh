@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # LIBERO-Goal from pictures, original assets (make libero-assets), a policy for each of four tasks, two seeds:
-# pixels.sh says what is done, and what can be changed. Each of JOBS takes 6 GB, for sixteen simulators.
-# With the bootstrap, or with a last denoise step that the likelihood does not see, RL rose and then unlearned
-# (docs/log.md).
+# pixels.sh says what is done, and what can be changed. Each of JOBS takes 7 GB, for sixteen simulators.
+# With the bootstrap RL rose and then unlearned (docs/log.md).
 #
 #     JOBS=2 bash benchmark/libero_pixels.sh       # from the shipped policy, checkpoints/tiny-libero
 #     PRETRAIN=1 bash benchmark/libero_pixels.sh   # and that policy again, which is overwritten

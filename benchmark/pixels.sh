@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What metaworld_pixels.sh and libero_pixels.sh do: SFT on ten demonstrations of a task, RL from there, 50 fixed
-# episodes of every policy by the ODE; then the table, docs/NAME.png and, of the first task, docs/NAME.gif.
+# What metaworld_pixels.sh, mt10_pixels.sh and libero_pixels.sh do: SFT on ten demonstrations of a task, RL from
+# there, 50 fixed episodes of every policy by the ODE; then the table, docs/NAME.png and, of the first task, its GIF.
 #
-# Done work is skipped, so it can be stopped and started again. Seconds of every step: $OUT/seconds.txt.
+# Done work is skipped, so it can be stopped and started again; with other flags begin in another OUT. Seconds of every
+# step: $OUT/seconds.txt.
 # Environment: NAME, PREFIX (of the ids), START (the pre-trained policy) and STAGE0 (flags that made it), RL (flags of
 # the three algorithms), SDE (more, of the two of Flow-SDE), CRITIC (more, of the two that have one), TASKS (name:steps
 # of SFT), STEPS (of a run), and for the user SEEDS, NOISE and GRPO (these scripts' tasks), EVAL_ENVS (simulators of an

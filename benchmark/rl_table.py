@@ -1,4 +1,4 @@
-"""The table and the picture of metaworld.sh, metaworld_pixels.sh and libero_pixels.sh: SFT and RL by task.
+"""The table and the picture of metaworld.sh and of the scripts of pixels.sh: SFT and RL by task.
 
 Prints the table as Markdown: success by the ODE of SFT and of every seed, with 95 % intervals. And draws the
 curves.

@@ -4,8 +4,10 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -464,6 +466,19 @@ def test_drift_of_a_velocity_that_is_shifted(last, shift=0.3, a=0.5, K=4):
     assert kl.tolist() == pytest.approx(expected.tolist(), rel=1e-3)
     same = drift.compare(agents[0], agents[0], prefixes[:1] * 2, x0)
     assert action > 0 and not any(part.any() for part in same[:3])
+
+
+def test_drift_of_a_run(tmp_path, capsys, one_line_error):
+    """An episode that has ended counts no more; a run without the SDE's noise is refused."""
+    shutil.copytree("checkpoints/tabletop-sft", tmp_path / "checkpoint")
+    args = drift.Args("checkpoints/tabletop-sft", str(tmp_path / "checkpoint"), num_envs=16)
+    (tmp_path / "args.json").write_text(json.dumps(asdict(flow_sde_ppo.Args())))
+    drift.main(args)
+    told = capsys.readouterr().out
+    assert "| 3 | no | 0.000 | not seen |" in told and "moves by 0.000" in told
+    assert 16 * 3 < int(re.search(r"(\d+) chunks", told)[1]) < 16 * 8  # at most 40 steps, some succeed
+    (tmp_path / "args.json").write_text(json.dumps({"noise": "learned"}))
+    assert "SDE's noise" in one_line_error(drift.main, args)
 
 
 # --- schedules.py and full_size.py ---
