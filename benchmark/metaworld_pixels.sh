@@ -11,5 +11,6 @@ RL="--num-envs 32 --num-steps 20 --denoise-steps 2 --update-epochs 4 --num-minib
 RL+=" --lr-warmup 4 --lr-schedule cosine --target-kl 0.1" CRITIC="--no-bootstrap --gae-lambda 0.95"
 # task:steps of SFT, few enough that the policy is not good yet
 TASKS=${TASKS:-"stick-push:40 coffee-push:30 button-press-topdown:6 coffee-button:2 hammer:200 hand-insert:500"}
+export NOISE=${NOISE-$(sed 's/:[0-9]*//g' <<< "$TASKS")}  # Flow-Noise's tasks, all of them
 export STAGE0 RL CRITIC TASKS
 exec bash "$(dirname "${BASH_SOURCE[0]}")/pixels.sh" "$@"
