@@ -27,7 +27,7 @@ ELSEWHERE = {  # what a command begins with: where else it is run, or why it is 
     "make": "test_make.py",
     "bash benchmark/": "hours",
     "JOBS=2 bash benchmark/": "hours",
-    "NOISE=": "hours",
+    "GRPO=": "hours",
     "PRETRAIN=1 bash benchmark/": "half an hour",
     "OMP_NUM_THREADS=1 python benchmark/throughput.py": "minutes",
     "python benchmark/": "test_benchmark.py, or minutes",
